@@ -1,0 +1,423 @@
+"""Every setting of a model, a data set and a training run, as frozen dataclasses.
+
+Importing this module is cheap: it needs neither torch nor numpy, so the command line can show its help at once.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Attention = Literal["gqa", "mla"]
+Positions = Literal["rope", "none"]
+Ffn = Literal["moe", "dense"]
+Norm = Literal["pre", "pre_post", "sandwich"]
+Injection = Literal["lti", "linear", "add", "none"]
+Halting = Literal["none", "act", "gate", "kl", "delta", "entropy"]
+ReadOut = Literal["last", "mixture"]
+InitialState = Literal["zeros", "e", "noise"]
+LoraTarget = Literal["q", "o", "ffn"]
+KvSharing = Literal["per_loop", "first"]
+CachePolicy = Literal["per_loop", "last", "first"]
+ExitName = Literal["hazard", "cumulative", "kl", "delta", "entropy"]
+
+Entry = TypeVar("Entry")
+
+
+def shown(value: object) -> str:
+    """`value` for an error message: control characters escaped, cut at 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def require(ok: bool, name: str, value: object, allowed: str, remedy: str = "") -> None:
+    """Raise the one kind of error a user's mistake gets: field, value, allowed range, remedy."""
+    if not ok:
+        raise ValueError(f"{name} = {shown(value)}: must be {allowed}" + (f"; {remedy}" if remedy else ""))
+
+
+def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    allowed = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    require(ok, name, value, allowed)
+
+
+def require_float(name: str, value: object, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    allowed = f"a finite number in {'(' if open_low else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    require(ok and low <= value <= high and not (open_low and value == low), name, value, allowed)
+
+
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    near = get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else ""
+    require(value in choices, name, value, "one of " + ", ".join(map(str, choices)), remedy)
+
+
+def pick(table: Mapping[str, Entry], name: str, field_name: str) -> Entry:
+    """The entry called `name`; ValueError with the choices and the nearest name if there is none."""
+    require_choice(field_name, name, tuple(table))
+    return table[name]
+
+
+def require_literals(config: Any) -> None:
+    """Check every field annotated with a Literal against its choices."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            require_choice(name, getattr(config, name), get_args(hint))
+
+
+MAX_LOOPS = 4096  # a bound on what one request may cost, not on the model: the state stays bounded for any number
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of one recurrent-depth transformer. `n_recurrent_layers = 0` is a plain transformer.
+
+    Names follow Llama and DeepSeek-V3. Sizes are in channels or layers, `init` values are at initialisation.
+    """
+
+    vocab_size: int = 264
+    n_token_tables: int = 1  # ids per token, each with its own embedding table; their embeddings are summed
+    dim: int = 128
+    n_prelude_layers: int = 1
+    n_recurrent_layers: int = 1
+    n_coda_layers: int = 1
+    n_loops: int = 16  # default depth, and the size of every per-loop table
+    max_seq_len: int = 4096
+    tie_embeddings: bool = True
+
+    attention: Attention = "gqa"
+    positions: Positions = "rope"
+    rope_theta: float = 10_000.0
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 32
+    q_lora_rank: int = 0  # MLA; 0: queries are projected directly
+    kv_lora_rank: int = 64  # MLA
+    qk_nope_head_dim: int = 32  # MLA
+    qk_rope_head_dim: int = 16  # MLA
+    v_head_dim: int = 32  # MLA
+    kv_sharing: KvSharing = "per_loop"  # "first": every loop reads the keys and values of loop 0
+
+    ffn: Ffn = "moe"  # of the recurrent layers; prelude and coda are dense
+    ffn_dim: int = 384
+    n_experts: int = 384
+    n_active_experts: int = 8
+    n_shared_experts: int = 1
+    expert_dim: int = 32
+    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    normalize_expert_weights: bool = True
+    router_scale: float = 1.0
+    n_expert_groups: int = 1
+    n_active_groups: int = 1
+    router_bias_per_loop: bool = False
+
+    norm: Norm = "pre"
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+
+    injection: Injection = "lti"
+    injection_matrix: bool = False  # B a full matrix instead of a vector (lti)
+    decay_init: float = 0.5  # A at initialisation
+    rho_max: float = 1 - 2**-8  # the largest A: the last number below 1 in bfloat16; converters of other models set 1
+    input_init: float = 0.7  # B at initialisation: with A = .5 the state's size stays within [.7, 1.4] of e's
+    initial_state: InitialState = "zeros"
+    carry_streams: int = 1
+    anchored: bool = False  # h <- norm(softmax(logits) E) after each loop
+
+    lora_rank: int = 4  # 0: none
+    lora_targets: tuple[LoraTarget, ...] = ("q", "o")
+    loop_embedding: bool = True
+
+    halting: Halting = "none"
+    read_out: ReadOut = "last"
+
+    output_init: Literal["effective_depth", "zero"] = "effective_depth"
+
+    def __post_init__(self) -> None:
+        positive = "vocab_size n_token_tables dim n_loops max_seq_len n_heads n_kv_heads head_dim ffn_dim carry_streams"
+        for name in positive.split():
+            require_int(name, getattr(self, name), 1)
+        for name in "n_prelude_layers n_recurrent_layers n_coda_layers lora_rank q_lora_rank n_shared_experts".split():
+            require_int(name, getattr(self, name), 0)
+        require_int("n_loops", self.n_loops, 1, MAX_LOOPS)
+        require_literals(self)
+        layers = self.n_prelude_layers + self.n_recurrent_layers + self.n_coda_layers
+        require(layers > 0, "n_recurrent_layers", 0, "> 0 when n_prelude_layers and n_coda_layers are 0")
+        require_float("norm_eps", self.norm_eps, 0, 1, open_low=True)
+        require_float("rope_theta", self.rope_theta, 1, open_low=True)
+        require_float("dropout", self.dropout, 0, 0.99)
+        require_float("router_scale", self.router_scale, 0, open_low=True)
+        for target in self.lora_targets:
+            require_choice("lora_targets", target, get_args(LoraTarget))
+        self._check_attention()
+        self._check_experts()
+        self._check_recurrence()
+
+    def _check_attention(self) -> None:
+        if self.attention == "gqa":
+            require(
+                self.n_heads % self.n_kv_heads == 0,
+                "n_heads",
+                self.n_heads,
+                f"a multiple of n_kv_heads ({self.n_kv_heads})",
+            )
+            rope_dim, name = self.head_dim, "head_dim"
+        else:
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+                require_int(name, getattr(self, name), 1)
+            rope_dim, name = self.qk_rope_head_dim, "qk_rope_head_dim"
+            require_int(name, rope_dim, 2)
+        require(self.positions == "none" or rope_dim % 2 == 0, name, rope_dim, "even with rotary positions")
+
+    def _check_experts(self) -> None:
+        if self.ffn != "moe":
+            return
+        require_int("n_experts", self.n_experts, 1)
+        require_int("expert_dim", self.expert_dim, 1)
+        require_int("n_active_experts", self.n_active_experts, 1, self.n_experts)
+        require_int("n_expert_groups", self.n_expert_groups, 1)
+        require(
+            self.n_experts % self.n_expert_groups == 0,
+            "n_expert_groups",
+            self.n_expert_groups,
+            f"a divisor of n_experts ({self.n_experts})",
+        )
+        require_int("n_active_groups", self.n_active_groups, 1, self.n_expert_groups)
+        reachable = self.n_active_groups * (self.n_experts // self.n_expert_groups)
+        require(
+            self.n_active_experts <= reachable,
+            "n_active_experts",
+            self.n_active_experts,
+            f"<= the {reachable} experts of n_active_groups groups",
+        )
+
+    def _check_recurrence(self) -> None:
+        require_float("rho_max", self.rho_max, 0, 1, open_low=True)
+        require(0 < self.decay_init < self.rho_max, "decay_init", self.decay_init, f"in (0, rho_max = {self.rho_max:g})")
+        require_float("input_init", self.input_init, 0)
+        if self.is_plain:
+            require(self.halting == "none", "halting", self.halting, "'none' without recurrent layers")
+        require(
+            not (self.anchored and self.carry_streams > 1), "carry_streams", self.carry_streams, "1 with an anchored state"
+        )
+        if self.injection == "none":
+            require(
+                self.initial_state == "e" or self.is_plain,
+                "initial_state",
+                self.initial_state,
+                "'e' when injection is 'none', or the input never arrives",
+            )
+        require(
+            self.read_out == "last" or self.halting == "act",
+            "read_out",
+            self.read_out,
+            f"'last' with halting {self.halting!r}",
+            "only 'act' learns the weights that a mixture needs",
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        return self.n_recurrent_layers == 0
+
+    @property
+    def n_layers(self) -> int:
+        """Distinct layers; prelude, recurrent and coda layers are numbered in this order."""
+        return self.n_prelude_layers + self.n_recurrent_layers + self.n_coda_layers
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers one token holds per layer and slot of a KV cache."""
+        if self.attention == "mla":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.n_kv_heads * self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def needs_probe(self) -> bool:
+        return self.halting in ("gate", "kl", "entropy")
+
+    @property
+    def effective_depth(self) -> float:
+        """n_eff = P + C + R S²: the branches of one layer add up coherently over loops, decayed by A."""
+        decay = self.decay_init if self.injection == "lti" else 1.0
+        n = self.n_loops
+        coherent = float(n) if decay == 1.0 else (1 - decay**n) / (1 - decay)
+        return self.n_prelude_layers + self.n_coda_layers + self.n_recurrent_layers * coherent**2
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When a token stops looping at inference. `hazard` and `cumulative` read a learned halting head.
+
+    `hazard`: the probability of stopping at this loop is >= threshold. `cumulative`: the summed probability is.
+    `kl`, `delta`, `entropy`: the change of the prediction (nats), of the state (relative), or the uncertainty of the
+    prediction (nats) is < threshold. No token stops before `min_loops`.
+    """
+
+    rule: ExitName
+    threshold: float
+    min_loops: int = 1
+
+    def __post_init__(self) -> None:
+        require_literals(self)
+        require_float("exit threshold", self.threshold, 0, 1.0 if self.rule in ("hazard", "cumulative") else math.inf)
+        require_int("min_loops", self.min_loops, 1, MAX_LOOPS)
+
+
+DEFAULT_THRESHOLDS: dict[ExitName, float] = {"hazard": 0.9, "cumulative": 0.99, "kl": 0.01, "delta": 0.03, "entropy": 0.5}
+DEFAULT_RULES: dict[str, ExitName] = {
+    "act": "cumulative",
+    "gate": "hazard",
+    "kl": "kl",
+    "delta": "delta",
+    "entropy": "entropy",
+}
+
+
+def default_exit(halting: str) -> ExitRule | None:
+    """The exit rule a model with this kind of halting was made for; None for a model without."""
+    rule = DEFAULT_RULES.get(halting)
+    return ExitRule(rule, DEFAULT_THRESHOLDS[rule]) if rule else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What text a run reads, and how it becomes sequences."""
+
+    source: str = "stdlib"  # "stdlib", a .txt / .jsonl / .parquet file, a folder of them, or a Hugging Face name
+    field: str = "text"  # of a .jsonl, .parquet or Hugging Face row
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    bpe_vocab_size: int = 4096
+    seq_len: int = 256
+    validation_fraction: float = 0.1  # of documents; "stdlib" splits by package instead
+    packing: bool = True  # False: one document a row, padded
+    isolate_documents: bool = True  # attention never crosses a document boundary
+
+    def __post_init__(self) -> None:
+        require_literals(self)
+        require_int("seq_len", self.seq_len, 1)
+        require_int("bpe_vocab_size", self.bpe_vocab_size, 260, 2**31)
+        require_float("validation_fraction", self.validation_fraction, 0, 0.9, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Batch sizes are in sequences and global: independent of the number of processes."""
+
+    steps: int = 1000
+    batch_size: int = 16
+    microbatch_size: int = 0  # 0: the whole batch at once
+    seed: int = 0
+
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices by Muon, everything else by AdamW
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    momentum: float = 0.95  # Muon
+    clip_norm: float = 1.0
+
+    schedule: Literal["constant", "cosine", "trapezoid"] = "trapezoid"
+    warmup_steps: int = 50
+    cooldown_fraction: float = 0.5  # trapezoid: the share of steps in which the rate falls
+    final_lr_fraction: float = 0.05
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_activations: bool = False
+
+    depth: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "poisson"
+    mean_loops: float = 4.0
+    min_loops: int = 1
+    max_loops: int = 16
+    depth_sigma: float = 0.5  # of the log-normal
+    depth_ramp_steps: int = 0  # curriculum: the mean grows from min_loops to mean_loops over these steps
+    backprop_loops: int = 0  # gradients pass through the last so many loops only; 0: all
+
+    router_bias_rate: float = 1e-3
+    router_bias_cooldown: float = 0.1  # the rate is 0 in this last share of steps
+    router_bias_min_tokens: int = 1024  # per loop index, below which its bias is left alone
+    balance_weight: float = 0.0  # sequence-level balance loss
+    ponder_weight: float = 1e-2  # act
+    probe_weight: float = 1.0  # the exit probe, on detached states
+    halting_loss: Literal["frozen", "expected"] = "frozen"  # expected: sum over loops of p_t CE_t trains the gate too
+    halting_prior: Literal["entropy", "geometric"] = "entropy"  # of the expected loss
+    halting_prior_weight: float = 0.05
+    halting_prior_rate: float = 0.2  # hazard of the geometric prior
+
+    log_every: int = 10
+    eval_every: int = 250
+    eval_batches: int = 16
+    eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    warm_start: str = ""  # a run or checkpoint whose weights this run starts from
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        require_literals(self)
+        for name in "steps batch_size log_every eval_every eval_batches save_every min_loops max_loops".split():
+            require_int(name, getattr(self, name), 1)
+        for name in "microbatch_size warmup_steps depth_ramp_steps backprop_loops router_bias_min_tokens".split():
+            require_int(name, getattr(self, name), 0)
+        require_int("keep_checkpoints", self.keep_checkpoints, 2)
+        require_int("seed", self.seed, 0, 2**63 - 1)
+        require_int("max_loops", self.max_loops, self.min_loops, MAX_LOOPS)
+        require_float("mean_loops", self.mean_loops, self.min_loops, self.max_loops)
+        for name in "lr muon_lr eps clip_norm".split():
+            require_float(name, getattr(self, name), 0, open_low=True)
+        for name in "weight_decay depth_sigma router_bias_rate balance_weight ponder_weight probe_weight".split():
+            require_float(name, getattr(self, name), 0)
+        for name in "cooldown_fraction final_lr_fraction router_bias_cooldown momentum halting_prior_rate".split():
+            require_float(name, getattr(self, name), 0, 1)
+        for n in self.eval_loops:
+            require_int("eval_loops", n, 1, MAX_LOOPS)
+        micro = self.microbatch_size or self.batch_size
+        require(
+            self.batch_size % micro == 0, "microbatch_size", micro, f"a divisor of batch_size ({self.batch_size})"
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.batch_size // (self.microbatch_size or self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that defines a run, and what its directory's config.json holds."""
+
+    name: str = "run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        model, data, train = self.model, self.data, self.train
+        require(
+            data.seq_len <= model.max_seq_len,
+            "data.seq_len",
+            data.seq_len,
+            f"<= model.max_seq_len ({model.max_seq_len})",
+        )
+        joint = model.halting == "act" or train.halting_loss == "expected"
+        truncated = 0 < train.backprop_loops < (train.max_loops if train.depth != "fixed" else train.mean_loops)
+        require(
+            not (joint and truncated),
+            "train.backprop_loops",
+            train.backprop_loops,
+            "0 when halting is trained jointly",
+            "halting needs the gradient of every loop",
+        )
+        require(
+            train.halting_loss == "frozen" or model.halting in ("act", "gate"),
+            "train.halting_loss",
+            train.halting_loss,
+            f"'frozen' with halting {model.halting!r}",
+        )

@@ -1,0 +1,1 @@
+"""The model, readable in one sitting: start with rdt.py."""

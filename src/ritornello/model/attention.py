@@ -1,0 +1,155 @@
+"""Two kinds of attention behind one switch. Each turns a token into one cache entry, and queries into outputs over entries."""
+
+from abc import ABC, abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ritornello.config import ModelConfig
+from ritornello.model.cache import KeyValues
+from ritornello.model.context import Context, Loop
+from ritornello.model.lora import Linear
+from ritornello.model.norm import RMSNorm
+from ritornello.ops.attention import attention, rotate
+
+
+class Attention(nn.Module, ABC):
+    """x (B, T, D) -> (B, T, D). `running` (B, T or 1) bool: tokens that have not halted."""
+
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+
+    def forward(self, x: Tensor, loop: Loop, table: Loop, context: Context, kv: KeyValues, running: Tensor | None) -> Tensor:
+        """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
+        entries = kv.put(self.layer, loop, self.entry(x, context), running)
+        return self.attend(x, table, entries, context)
+
+    @abstractmethod
+    def entry(self, x: Tensor, context: Context) -> Tensor:
+        """What a token leaves for others to attend to: (B, T, kv_width)."""
+
+    @abstractmethod
+    def attend(self, x: Tensor, table: Loop, entries: Tensor, context: Context) -> Tensor:
+        """Queries of x (B, T, D) over entries (B, S, kv_width)."""
+
+
+def lora_options(config: ModelConfig, target: str, *, looped: bool) -> dict[str, int]:
+    """Keyword arguments that give a Linear its low-rank deltas, where the configuration asks for them."""
+    chosen = looped and config.lora_rank > 0 and target in config.lora_targets
+    return {"n_loops": config.n_loops, "rank": config.lora_rank} if chosen else {}
+
+
+class GroupedQueryAttention(Attention):
+    """GQA (2305.13245) as in Llama. An entry holds G rotated keys, then G values."""
+
+    def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
+        super().__init__(config, layer=layer)
+        dim, head_dim = config.dim, config.head_dim
+        self.q_proj = Linear(dim, config.n_heads * head_dim, **lora_options(config, "q", looped=looped))
+        self.k_proj = Linear(dim, config.n_kv_heads * head_dim)
+        self.v_proj = Linear(dim, config.n_kv_heads * head_dim)
+        self.o_proj = Linear(config.n_heads * head_dim, dim, **lora_options(config, "o", looped=looped))
+
+    def entry(self, x: Tensor, context: Context) -> Tensor:
+        keys = self.k_proj(x)
+        if context.rope is not None:
+            keys = rotate(keys.unflatten(-1, (-1, self.config.head_dim)), context.rope).flatten(-2)
+        return torch.cat((keys, self.v_proj(x)), -1)
+
+    def attend(self, x: Tensor, table: Loop, entries: Tensor, context: Context) -> Tensor:
+        head_dim = self.config.head_dim
+        q = self.q_proj(x, table).unflatten(-1, (-1, head_dim))
+        if context.rope is not None:
+            q = rotate(q, context.rope)
+        k, v = entries.unflatten(-1, (-1, head_dim)).to(q.dtype).transpose(1, 2).chunk(2, 1)
+        y = attention(q.transpose(1, 2), k, v, mask=context.mask, scale=head_dim**-0.5)
+        return self.o_proj(y.transpose(1, 2).flatten(-2), table)
+
+
+class LatentAttention(Attention):
+    """MLA (DeepSeek-V2 2405.04434, §2.1; names of DeepSeek-V3). An entry holds the normalised latent, then the rotary key.
+
+    Absorption (eq. 10-11 there): kv_b_proj moves from the keys and values of S tokens to the queries and outputs of T.
+    Rotary channels use Llama's halves layout, DeepSeek's interleaved one permuted.
+    """
+
+    def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
+        super().__init__(config, layer=layer)
+        q_width = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        lora = lora_options(config, "q", looped=looped)
+        if config.q_lora_rank:
+            self.q_a_proj = Linear(config.dim, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.norm_eps)
+            self.q_b_proj = Linear(config.q_lora_rank, q_width, **lora)
+        else:
+            self.q_proj = Linear(config.dim, q_width, **lora)
+        self.kv_a_proj_with_mqa = Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.norm_eps)
+        kv_b_width = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = Linear(config.kv_lora_rank, kv_b_width)
+        o_lora = lora_options(config, "o", looped=looped)
+        self.o_proj = Linear(config.n_heads * config.v_head_dim, config.dim, **o_lora)
+        self.scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+
+    def entry(self, x: Tensor, context: Context) -> Tensor:
+        projected = self.kv_a_proj_with_mqa(x)
+        latent, rotary = projected.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        if context.rope is not None:
+            rotary = rotate(rotary[:, :, None], context.rope)[:, :, 0]
+        return torch.cat((self.kv_a_layernorm(latent).to(rotary.dtype), rotary), -1)
+
+    def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, Tensor]:
+        """(B, H, T, nope), (B, H, T, rope)."""
+        c = self.config
+        if c.q_lora_rank:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), table)
+        else:
+            q = self.q_proj(x, table)
+        nope, rotary = q.unflatten(-1, (c.n_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        if context.rope is not None:
+            rotary = rotate(rotary, context.rope)
+        return nope.transpose(1, 2), rotary.transpose(1, 2)
+
+    def attend(self, x: Tensor, table: Loop, entries: Tensor, context: Context) -> Tensor:
+        nope, rotary = self.queries(x, table, context)
+        path = self.absorbed if self.absorbs(x.shape[1], entries.shape[1]) else self.expanded
+        y = path(nope, rotary, entries.to(nope.dtype), context.mask)
+        return self.o_proj(y.transpose(1, 2).flatten(-2), table)
+
+    def absorbs(self, n_queries: int, n_entries: int) -> bool:
+        """Whether absorption multiplies less, per head: S tokens through kv_b_proj against T, with wider scores."""
+        c = self.config
+        projection = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        widening = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
+        return n_queries * projection + n_queries * n_entries * widening < n_entries * projection
+
+    def expanded(self, nope: Tensor, rotary: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+        """Keys and values of every entry, made by kv_b_proj."""
+        c = self.config
+        latent, shared_key = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        keys_values = self.kv_b_proj(latent).unflatten(-1, (c.n_heads, -1)).transpose(1, 2)
+        keys, values = keys_values.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        shared_key = shared_key[:, None].expand(-1, c.n_heads, -1, -1)
+        q, k = torch.cat((nope, rotary), -1), torch.cat((keys, shared_key), -1)
+        return attention(q, k, values, mask=mask, scale=self.scale)
+
+    def absorbed(self, nope: Tensor, rotary: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+        """One key-value head for all queries: the latent itself."""
+        c = self.config
+        weight = self.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))
+        w_key, w_value = weight.to(nope.dtype).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        q = torch.cat((torch.einsum("bhtn,hnr->bhtr", nope, w_key), rotary), -1)
+        latent = entries[:, None, :, : c.kv_lora_rank]
+        y = attention(q, entries[:, None], latent, mask=mask, scale=self.scale)
+        return torch.einsum("bhtr,hvr->bhtv", y, w_value)
+
+
+ATTENTION: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
+
+
+def build_attention(config: ModelConfig, *, layer: int, looped: bool) -> Attention:
+    kind = cast(type[GroupedQueryAttention], ATTENTION[config.attention])
+    return kind(config, layer=layer, looped=looped)

@@ -1,0 +1,123 @@
+"""A bound on the state that holds for any number of loops and any tokens.
+
+Branches read RMS-normalised inputs, so ‖delta(u)‖ ≤ M for every u, and with ‖inject(h, e)‖ ≤ ρ‖h‖ + g‖e‖
+
+    ‖h_t‖ ≤ ρᵗ ‖h_0‖ + (1 − ρᵗ) (g ‖e‖ + M) / (1 − ρ).
+
+M is summed over layers, and the largest over experts and loop indices, low-rank deltas included. It holds without dropout.
+For ρ ≥ 1 it grows with t: `lti` alone has a bound for every depth.
+It bounds the state; it promises neither convergence nor good gradients.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ritornello.model.attention import Attention, GroupedQueryAttention, LatentAttention
+from ritornello.model.carry import HyperConnections
+from ritornello.model.layers import Layer
+from ritornello.model.lora import Linear
+from ritornello.model.moe import FeedForward, MixtureOfExperts
+from ritornello.model.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from ritornello.model.rdt import RecurrentDepthTransformer
+
+
+@torch.no_grad()
+def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
+    """The largest ‖h‖ over tokens, after any of `n_loops` loops; of each stream with carry streams."""
+    dim = model.config.dim
+    e = norm_bound(model.input_norm)
+    start = {"zeros": 0.0, "e": e, "noise": math.sqrt(dim * 2 / 5) * 3}[model.config.initial_state]
+    if model.anchor_norm is not None:
+        return max(start, norm_bound(model.anchor_norm))
+    layers = [layer for layer in model.recurrent if isinstance(layer, Layer)]
+    rho, inflow = model.injection.rho(), model.injection.gain() * e
+    write = read = 1.0
+    if isinstance(model.carry, HyperConnections):
+        write, read = float(model.carry.write_weight.abs().max()), float(model.carry.read_weight.abs().sum())
+    if model.config.norm == "sandwich":
+        change = norm_bound(layers[-1].mlp_out_layernorm)
+        if not isinstance(model.carry, HyperConnections):
+            return max(start, change)
+        stretch = 1 + write * read  # the block's change is at most its normalised output plus the input it replaces
+        rho, inflow = rho * stretch, inflow * stretch
+    else:
+        shift = _shift(model)
+        change = sum(layer_bound(layer, shift) for layer in layers)
+    steps = n_loops if rho == 1 else (1 - rho**n_loops) / (1 - rho)
+    return max(start, rho**n_loops * start + steps * (inflow + write * change))
+
+
+def norm_bound(norm: RMSNorm) -> float:
+    """‖norm(x)‖ ≤ √D · max|γ|."""
+    return math.sqrt(norm.weight.shape[0]) * float(norm.weight.abs().max())
+
+
+def _shift(model: "RecurrentDepthTransformer") -> float:
+    """The largest loop embedding that a branch's input is shifted by."""
+    if model.loop_embedding is None or model.loop_embedding_scale is None:
+        return 0.0
+    return float(model.loop_embedding_scale.abs() * model.loop_embedding.weight.norm(dim=1).max())
+
+
+def layer_bound(layer: Layer, shift: float) -> float:
+    """M of one layer with a `pre` or `pre_post` norm, whose branches' inputs are shifted by at most `shift`."""
+    if layer.norm_kind == "pre_post":
+        return norm_bound(layer.attn_out_layernorm) + norm_bound(layer.mlp_out_layernorm)
+    attention = attention_bound(layer.self_attn, norm_bound(layer.input_layernorm) + shift)
+    x = norm_bound(layer.post_attention_layernorm) + shift
+    if isinstance(layer.mlp, FeedForward):
+        return attention + feed_forward_bound(layer.mlp, x)
+    return attention + mixture_bound(layer.mlp, x)
+
+
+def attention_bound(attention: Attention, x: float) -> float:
+    """Each head returns a convex combination of values, ‖v‖ ≤ ‖W_v‖‖x‖; heads stack, then o_proj."""
+    if isinstance(attention, GroupedQueryAttention):
+        c = attention.config
+        values = attention.v_proj.weight.unflatten(0, (c.n_kv_heads, -1))
+        per_head = _spectral(values).repeat_interleave(c.n_heads // c.n_kv_heads)
+    else:
+        assert isinstance(attention, LatentAttention)
+        c = attention.config
+        values = attention.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))[:, c.qk_nope_head_dim :]
+        per_head, x = _spectral(values), norm_bound(attention.kv_a_layernorm)
+    return float(per_head.norm()) * x * float(_spectral(_merged(attention.o_proj)).max())
+
+
+def feed_forward_bound(mlp: FeedForward, x: float) -> float:
+    """|silu(a)| ≤ |a|, so ‖silu(Gx) · Ux‖ ≤ min(‖G‖ max row U, max row G ‖U‖) ‖x‖²; then down_proj."""
+    gate, up, down = (_merged(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    n = max(w.shape[0] for w in (gate, up, down))
+    return float(_swiglu(gate.expand(n, -1, -1), up.expand(n, -1, -1), down.expand(n, -1, -1)).max()) * x**2
+
+
+def mixture_bound(mlp: MixtureOfExperts, x: float) -> float:
+    """Weights sum to router_scale when normalised; otherwise each is at most that."""
+    c = mlp.config
+    gate, up = mlp.experts.gate_up_proj.chunk(2, 1)
+    total = c.router_scale * (1 if c.normalize_expert_weights else c.n_active_experts)
+    routed = total * float(_swiglu(gate, up, mlp.experts.down_proj).max()) * x**2
+    return routed + (feed_forward_bound(mlp.shared_experts, x) if mlp.shared_experts is not None else 0.0)
+
+
+def _swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    rows = lambda w: w.float().norm(dim=-1).amax(-1)  # noqa: E731
+    product = torch.minimum(_spectral(gate) * rows(up), rows(gate) * _spectral(up))
+    return product * _spectral(down)
+
+
+def _spectral(w: Tensor) -> Tensor:
+    """Largest singular value of (..., m, n)."""
+    return torch.linalg.matrix_norm(w.to(torch.promote_types(w.dtype, torch.float32)), 2)
+
+
+def _merged(linear: Linear) -> Tensor:
+    """(L, out, in): the matrix of each loop; L = 1 without low-rank deltas."""
+    if linear.lora_A is None or linear.lora_B is None:
+        return linear.weight[None]
+    return linear.weight + linear.lora_B @ linear.lora_A

@@ -1,0 +1,155 @@
+"""Where attention puts a token's keys and values, and what it finds there.
+
+One entry is (B, T, kv_width): GQA's keys and values side by side, or MLA's latent and rotary key. Attention knows nothing
+of loops, slots or other tokens; the model nothing of storage.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ritornello.config import CachePolicy, ModelConfig, require, require_choice, require_int
+from ritornello.model.context import Loop
+
+
+class KeyValues(ABC):
+    """The interface: `put` is called once per layer and loop."""
+
+    @abstractmethod
+    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
+        """Take the entries (B, T, W) of this pass's tokens, give those of all tokens they attend to, (B, S, W).
+
+        `running` (B, T) or (B, 1) bool is False for a token that has halted: its entry stays that of its last loop.
+        """
+
+
+class Passing(KeyValues):
+    """No cache: the tokens attend to each other. `previous` are the entries of the loop before, by layer."""
+
+    def __init__(self, previous: dict[int, Tensor] | None = None, *, share_first: bool = False) -> None:
+        self.previous = previous
+        self.share_first = share_first
+        self.entries: dict[int, Tensor] = {}
+
+    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
+        if self.previous is not None:
+            old = self.previous[layer]
+            if self.share_first:
+                first = loop == 0
+                running = first if running is None else running & first
+            if isinstance(running, bool):
+                entry = entry if running else old
+            elif running is not None:
+                entry = torch.where(running[..., None], entry, old)
+        self.entries[layer] = entry
+        return entry
+
+
+class Cache(KeyValues):
+    """A preallocated cache for `batch_size` sequences that grow together, up to `max_len` tokens.
+
+    Recurrent layers have a slot for each loop; a token is stored up to its last loop and read at min(loop, last).
+    `policy`: `per_loop` is exact. `last`: within a pass each loop has its own entries, afterwards only each token's last
+    survives: one slot, an approximation. `first`: every loop reads the entries of loop 0: one slot, exact for a model
+    trained so (`kv_sharing`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_len: int,
+        n_loops: int | None = None,
+        policy: CachePolicy = "per_loop",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        require_int("batch_size", batch_size, 1)
+        require_int("max_len", max_len, 1)
+        require_choice("policy", policy, ("per_loop", "last", "first"))
+        self.policy: CachePolicy = "first" if config.kv_sharing == "first" else policy
+        self.n_slots = (n_loops or config.n_loops) if self.policy == "per_loop" else 1
+        self.batch_size, self.max_len, self.signature = batch_size, max_len, _signature(config)
+        loops = range(config.n_prelude_layers, config.n_prelude_layers + config.n_recurrent_layers)
+        self.slots = [
+            torch.zeros(
+                self.n_slots if layer in loops else 1, batch_size, max_len, config.kv_width, dtype=dtype, device=device
+            )
+            for layer in range(config.n_layers)
+        ]
+        self.last = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
+        self.documents: Tensor | None = None
+        self.length = 0
+        self.n_new = 0
+        self.new_documents: Tensor | None = None
+        self.n_run = 0  # loops run by the new tokens
+        self.shallowest = self.n_slots - 1  # every token stored so far has at least the slots 0..shallowest
+
+    def begin(self, config: ModelConfig, shape: tuple[int, int], documents: Tensor | None) -> Tensor | None:
+        """Make room for (B, T) new tokens. Returns their documents, which continue the stored ones when not given."""
+        batch, n_new = shape
+        require(self.signature == _signature(config), "cache", "another model's", "made for this model's configuration")
+        require(batch == self.batch_size, "cache", f"batch size {self.batch_size}", f"for {batch} sequences")
+        room = self.max_len - self.length
+        require(n_new <= room, "tokens", f"{n_new} new", f"at most {room} for this cache (max_len {self.max_len})")
+        self.n_new, self.n_run = n_new, 0
+        if documents is None and self.documents is not None:
+            documents = self.documents[:, -1:].expand(batch, n_new)
+        if documents is not None and self.documents is None:
+            require(self.length == 0, "documents", "given", "given from the first token on")
+        self.new_documents = documents
+        return documents
+
+    def next_positions(self) -> Tensor | None:
+        """(B, T) positions of the new tokens where documents are in use: they continue the last stored document."""
+        if self.documents is None:
+            return None
+        run = self.documents == self.documents[:, -1:]
+        count = run.flip(1).to(torch.int64).cumprod(1).sum(1, keepdim=True)
+        return count + torch.arange(self.n_new, device=count.device)
+
+    def start_loop(self, loop: int, running: Tensor | None) -> None:
+        """Called before each loop: note how deep the new tokens have come."""
+        require(self.policy != "per_loop" or loop < self.n_slots, "cache", f"{self.n_slots} loops", f"> {loop} loops")
+        self.n_run = loop + 1
+        now = self.last[:, self.length : self.length + self.n_new]
+        now.copy_(torch.where(running, loop, now) if running is not None else torch.full_like(now, loop))
+        if running is not None:
+            self.shallowest = -1 if loop == 0 else min(self.shallowest, loop - 1)
+
+    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
+        assert isinstance(loop, int), "this cache moves all sequences through the loops together"
+        slots, start, end = self.slots[layer], self.length, self.length + self.n_new
+        slot = loop if slots.shape[0] > 1 else 0
+        here = slots[slot, :, start:end]
+        if slots.shape[0] == 1 and loop > 0 and self.policy == "first":
+            return slots[0, :, :end]
+        if slots.shape[0] == 1 and running is not None and self.policy == "last":
+            entry = torch.where(running[..., None], entry, here)
+        here.copy_(entry)
+        if slots.shape[0] == 1 or loop <= self.shallowest:
+            return slots[slot, :, :end]
+        index = self.last[:, :end].clamp(max=loop)[None, :, :, None]
+        return slots[:, :, :end].gather(0, index.expand(1, -1, -1, slots.shape[-1]))[0]
+
+    def commit(self) -> None:
+        """The new tokens have passed through every layer: keep them."""
+        if self.n_run:
+            self.shallowest = min(self.shallowest, self.n_run - 1)
+        if self.new_documents is not None:
+            parts = (self.documents, self.new_documents)
+            self.documents = torch.cat([part for part in parts if part is not None], 1)
+        self.length += self.n_new
+
+
+def _signature(config: ModelConfig) -> tuple[object, ...]:
+    return (
+        config.attention,
+        config.kv_width,
+        config.n_prelude_layers,
+        config.n_recurrent_layers,
+        config.n_coda_layers,
+        config.kv_sharing,
+    )

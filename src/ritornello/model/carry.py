@@ -1,0 +1,91 @@
+"""The state that travels from loop to loop: where it starts, and how the block reads and writes it. Always >= float32."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ritornello.config import ModelConfig
+from ritornello.model.context import Context, Key
+from ritornello.model.injection import at_least_float32
+from ritornello.ops.noise import fold, normal
+
+
+def initial_state(kind: str, e: Tensor, context: Context) -> Tensor:
+    """h_0 (B, T, D): zeros, e, or normal noise of std √(2/5) truncated at 3 standard deviations (2502.05171).
+
+    Noise depends on (key, position, channel) alone, so that a prefix, a chunk or another batch sees the same.
+    """
+    if kind == "zeros":
+        return torch.zeros_like(at_least_float32(e))
+    if kind == "e":
+        return at_least_float32(e)
+    keys = (context.key or Key()).fold(context.positions, 0)[..., None]
+    noise = normal(fold(keys, torch.arange(e.shape[-1], device=e.device))).clamp(-3, 3)
+    return math.sqrt(2 / 5) * noise.to(at_least_float32(e).dtype)
+
+
+class SingleStream(nn.Module):
+    """The state is one vector per token: read as it is, replaced by what the block makes of it."""
+
+    def expand(self, h: Tensor) -> Tensor:
+        return h
+
+    def inputs(self, e: Tensor) -> Tensor:
+        return e
+
+    def read(self, u: Tensor) -> Tensor:
+        return u
+
+    def write(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def mean(self, h: Tensor) -> Tensor:
+        return h
+
+
+class HyperConnections(nn.Module):
+    """The state is n vectors per token, (B, T, n, D) (hyper-connections 2409.19606, static, around the whole block).
+
+    The block reads a learned combination of the streams and writes its change to each with a learned strength. Streams
+    mix by a matrix of softmax rows: a convex combination, so that mixing never makes the largest stream larger. The
+    paper's matrix is unconstrained, which would void the bound on the state.
+    """
+
+    def __init__(self, n_streams: int) -> None:
+        super().__init__()
+        self.read_weight = nn.Parameter(torch.empty(n_streams))
+        self.write_weight = nn.Parameter(torch.empty(n_streams))
+        self.mixing = nn.Parameter(torch.empty(n_streams, n_streams))
+
+    def reset(self) -> None:
+        """Reads the mean, writes to all alike with small differences to break the symmetry, hardly mixes."""
+        n = self.read_weight.shape[0]
+        with torch.no_grad():
+            self.read_weight.fill_(1 / n)
+            self.write_weight.copy_(torch.linspace(0.8, 1.2, n))
+            self.mixing.copy_(4 * torch.eye(n))
+
+    def expand(self, h: Tensor) -> Tensor:
+        return h[..., None, :].expand(*h.shape[:-1], self.read_weight.shape[0], h.shape[-1])
+
+    def inputs(self, e: Tensor) -> Tensor:
+        return e[..., None, :]
+
+    def read(self, u: Tensor) -> Tensor:
+        return torch.einsum("btnd,n->btd", u, self.read_weight.to(u.dtype))
+
+    def write(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """`x` is what the block read, `y` what it made of it; their difference is its change."""
+        mixed = torch.einsum("mn,btnd->btmd", self.mixing.to(u.dtype).softmax(-1), u)
+        return mixed + self.write_weight.to(u.dtype)[:, None] * (y - x)[..., None, :]
+
+    def mean(self, h: Tensor) -> Tensor:
+        return h.mean(-2)
+
+
+Carry = SingleStream | HyperConnections
+
+
+def build_carry(config: ModelConfig) -> Carry:
+    return SingleStream() if config.carry_streams == 1 else HyperConnections(config.carry_streams)

@@ -1,0 +1,130 @@
+"""What every layer of one forward pass shares: where its tokens are, what they may see, which randomness is theirs."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ritornello.config import ModelConfig, require
+from ritornello.ops.attention import rotary_tables
+from ritornello.ops.noise import fold, uniform
+
+Loop = int | Tensor  # a loop index: one for all tokens, or (B, 1) by sequence, or (B, T) by token
+
+
+@dataclass(frozen=True)
+class Key:
+    """The address of a forward pass's randomness: the same for a sequence in any batch, on any rank.
+
+    `sequences` (B,) int64 are global sequence ids; None: all sequences draw the same noise, as at inference.
+    """
+
+    seed: int = 0
+    step: int = 0
+    sequences: Tensor | None = None
+
+    def fold(self, positions: Tensor, *counters: Loop) -> Tensor:
+        """An int64 key (B, T) for each position, distinct for distinct `counters`."""
+        key = fold(fold(torch.full_like(positions[:1, :1], self.seed), self.step), positions)
+        if self.sequences is not None:
+            key = fold(key, self.sequences.to(positions.device)[:, None])
+        for counter in counters:
+            key = fold(key, counter)
+        return key
+
+    def select(self, rows: Tensor | slice) -> "Key":
+        return self if self.sequences is None else replace(self, sequences=self.sequences[rows])
+
+
+@dataclass
+class Capture:
+    """Collects the named tensors of a forward pass: `tensors[name]` is a list of (loop, tensor). Free when absent.
+
+    Names: `e`, `h` (after each loop), `<layer>.attention` and `<layer>.ffn` (branch outputs), `<layer>.experts` (indices).
+    """
+
+    names: frozenset[str]
+    tensors: dict[str, list[tuple[Loop, Tensor]]] = field(default_factory=dict)
+
+    def add(self, name: str, loop: Loop, tensor: Tensor) -> None:
+        if name in self.names:
+            self.tensors.setdefault(name, []).append((loop, tensor))
+
+
+@dataclass(frozen=True)
+class Context:
+    """positions, documents (B, T); mask (B or 1, 1, T, S) bool or None: causal with T = S, or T = 1 seeing everything."""
+
+    positions: Tensor
+    documents: Tensor | None
+    mask: Tensor | None
+    rope: tuple[Tensor, Tensor] | None
+    key: Key | None = None
+    capture: Capture | None = None
+
+    def select(self, rows: Tensor | slice) -> "Context":
+        """The same for some rows of the batch."""
+        pick = lambda x: x if x is None or x.shape[0] == 1 else x[rows]  # noqa: E731
+        return replace(
+            self,
+            positions=self.positions[rows],
+            documents=pick(self.documents),
+            mask=pick(self.mask),
+            rope=None if self.rope is None else (self.rope[0][rows], self.rope[1][rows]),
+            key=None if self.key is None else self.key.select(rows),
+        )
+
+    def real(self) -> Tensor | None:
+        """(B, T) bool, False at padding; None: no padding."""
+        return None if self.documents is None else self.documents >= 0
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Positions (B, T) that restart with each run of equal document ids."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def build_context(
+    config: ModelConfig,
+    x: Tensor,
+    *,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    past_documents: Tensor | None,
+    n_past: int,
+    key: Key | None,
+    capture: Capture | None,
+) -> Context:
+    """For tokens x (B, T, D); `n_past` lie in the cache, of `past_documents` (B, n_past) where documents are in use."""
+    batch, n_new, device = x.shape[0], x.shape[1], x.device
+    if positions is None:
+        if documents is not None and n_past == 0:
+            positions = document_positions(documents)
+        else:
+            positions = torch.arange(n_past, n_past + n_new, device=device).expand(batch, n_new)
+    for name, given in (("positions", positions), ("documents", documents)):
+        ok = given is None or given.shape == (batch, n_new)
+        require(ok, name, None if given is None else tuple(given.shape), f"of shape (B, T) = {(batch, n_new)}")
+    mask = None
+    if documents is not None or (n_past and n_new > 1):
+        mask = torch.ones(n_new, n_past + n_new, dtype=torch.bool, device=device).tril(n_past)[None, None]
+    if documents is not None:
+        every = documents if past_documents is None else torch.cat((past_documents, documents), 1)
+        mask = mask & (documents[:, None, :, None] == every[:, None, None, :])
+    rope = None
+    if config.positions == "rope":
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rope = rotary_tables(positions, dim=config.rope_dim, theta=config.rope_theta, dtype=dtype)
+    return Context(positions, documents, mask, rope, key, capture)
+
+
+def dropout(x: Tensor, p: float, context: Context, *address: Loop) -> Tensor:
+    """Dropout (B, T, D) whose mask depends on the key, the position and `address` alone, so recomputation repeats it."""
+    require(context.key is not None, "key", None, "given in training when dropout > 0")
+    assert context.key is not None
+    keys = context.key.fold(context.positions, *address)[..., None]
+    kept = uniform(fold(keys, torch.arange(x.shape[-1], device=x.device))) >= p
+    return x * kept / (1 - p)

@@ -1,0 +1,95 @@
+"""How many loops each token runs, and when: decided before the loop starts, from numbers that the host knows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ritornello.config import MAX_LOOPS, require, require_int
+from ritornello.model.context import Loop
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A plan of `n_iterations` passes through the block. Rows of the batch run in `order`, the first `sizes[i]` of them
+    in iteration i. Token t of a row is at its own loop `i - starts` while 0 <= i - starts < budgets.
+
+    Budgets per token start together and end apart. Budgets per sequence can end together instead (`right_aligned`): a
+    sequence of n loops joins at iteration n_iterations - n, so that the last loops of all coincide.
+    """
+
+    n_iterations: int
+    order: Tensor | None = None  # (B,) the row that runs in each place
+    sizes: tuple[int, ...] | None = None  # None: all rows, always
+    starts: Tensor | None = None  # (B, 1) or (B, T), in running order; None: 0
+    budgets: Tensor | None = None  # (B, 1) or (B, T); None: n_iterations - starts
+
+    @staticmethod
+    def uniform(n_loops: int) -> "Depth":
+        require_int("n_loops", n_loops, 1, MAX_LOOPS)
+        return Depth(n_loops)
+
+    @staticmethod
+    def right_aligned(counts: Sequence[int] | np.ndarray) -> "Depth":
+        """counts: integers on the host, (B,) by sequence, or (B, T) constant within each document of packed rows."""
+        loops = np.asarray(counts)
+        require(loops.ndim in (1, 2) and loops.size > 0, "n_loops", loops.shape, "of shape (B,) or (B, T)")
+        _check_budgets(loops.dtype.kind in "iu", int(loops.min()), int(loops.max()))
+        deepest = int(loops.max())
+        if int(loops.min()) == deepest:
+            return Depth(deepest)
+        loops = loops.reshape(len(loops), -1)
+        by_row = loops.max(1)
+        order = np.argsort(-by_row, kind="stable")
+        sizes = tuple(int((by_row >= deepest - i).sum()) for i in range(deepest))
+        return Depth(deepest, torch.from_numpy(order), sizes, torch.from_numpy(deepest - loops[order]))
+
+    @staticmethod
+    def of(n_loops: "int | Tensor | Depth", shape: tuple[int, int]) -> "Depth":
+        """Whatever the caller gave as n_loops, for tokens of `shape` (B, T)."""
+        if isinstance(n_loops, Depth):
+            return n_loops
+        if not isinstance(n_loops, Tensor):
+            return Depth.uniform(n_loops)
+        require(n_loops.shape in (shape[:1], shape), "n_loops", tuple(n_loops.shape), f"of shape (B,) or (B, T) = {shape}")
+        whole = not n_loops.is_floating_point() and n_loops.dtype != torch.bool
+        low, high = (int(x) for x in n_loops.aminmax())
+        _check_budgets(whole, low, high)
+        return Depth(high) if low == high else Depth(high, budgets=n_loops.reshape(shape[0], -1))
+
+    def to(self, device: torch.device) -> "Depth":
+        move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
+        return Depth(self.n_iterations, move(self.order), self.sizes, move(self.starts), move(self.budgets))
+
+    def restore(self, x: Tensor) -> Tensor:
+        """x (B, ...) from running order to the batch's."""
+        return x if self.order is None else x[self.order.argsort()]
+
+    def rows(self, iteration: int, batch: int) -> int:
+        """How many rows run in this iteration."""
+        return batch if self.sizes is None else self.sizes[iteration]
+
+    def loop(self, iteration: int, rows: int) -> Loop:
+        """The loop index of each token: an int, or (rows, 1) or (rows, T)."""
+        return iteration if self.starts is None else (iteration - self.starts[:rows]).clamp(min=0)
+
+    def running(self, iteration: int, rows: int) -> Tensor | None:
+        """(rows, 1) or (rows, T) bool: tokens within their budget; None: all of them."""
+        if self.budgets is not None:
+            return iteration < self.budgets[:rows]
+        if self.starts is None or self.starts.shape[1] == 1:
+            return None
+        return iteration >= self.starts[:rows]
+
+    def is_last(self, iteration: int, rows: int) -> Tensor | bool:
+        """Whether this is the last loop of each token's budget."""
+        if self.budgets is None:
+            return iteration == self.n_iterations - 1
+        return iteration == self.budgets[:rows] - 1
+
+
+def _check_budgets(whole: bool, low: int, high: int) -> None:
+    ok = whole and low >= 1 and high <= MAX_LOOPS
+    require(ok, "n_loops", (low, high), f"integers in [1, {MAX_LOOPS}]")

@@ -1,0 +1,198 @@
+"""When a token stops: learned halting, and exit rules for inference. Every test here is position-local, or a prefix
+would be computed otherwise than the whole; so predictions are read through a probe that skips the coda.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ritornello.config import ExitRule, ModelConfig, pick, require
+from ritornello.model.context import Loop
+from ritornello.model.injection import at_least_float32
+from ritornello.model.lora import Linear
+from ritornello.model.norm import RMSNorm
+
+
+class Probe(nn.Module):
+    """What the state would predict now: norm(W h), to be read by the model's head (tuned lens, 2303.08112)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.translator = Linear(config.dim, config.dim)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(self.translator(h))
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a test may read of each token: the state h (m, T, D) after this loop and `before` it, and the probe's
+    log-probabilities (m, T, V) of both where the model has a probe."""
+
+    h: Tensor
+    before: Tensor
+    log_probs: Tensor | None
+    log_probs_before: Tensor | None
+
+    def kl(self) -> Tensor:
+        """KL(now ‖ before) in nats."""
+        assert self.log_probs is not None and self.log_probs_before is not None
+        return (self.log_probs.exp() * (self.log_probs - self.log_probs_before)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Of the prediction, in nats."""
+        assert self.log_probs is not None
+        return -(self.log_probs.exp() * self.log_probs).sum(-1)
+
+    def delta(self) -> Tensor:
+        """Relative change of the state."""
+        return (self.h - self.before).norm(dim=-1) / self.h.norm(dim=-1).clamp(min=1e-12)
+
+    def features(self) -> Tensor:
+        """(m, T, 3), detached: log KL, entropy, 1 − cos(h, before)."""
+        turn = 1 - F.cosine_similarity(self.h, self.before, dim=-1)
+        return torch.stack((self.kl().clamp(min=1e-8).log(), self.entropy(), turn), -1).detach()
+
+
+EXIT_TESTS: dict[str, Callable[[Signals], Tensor]] = {"kl": Signals.kl, "entropy": Signals.entropy, "delta": Signals.delta}
+
+HALTING_BIAS = -3.0  # 0 or more traps most runs at one loop (2604.21999)
+
+
+class ActHead(nn.Module):
+    """Adaptive computation time (Graves 1603.08983): p = σ(w·h + b); probabilities add up until they reach 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, 1)
+
+    def reset(self, generator: torch.Generator) -> None:
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, HALTING_BIAS)
+
+    def stopping(self, signals: Signals, survival: Tensor) -> Tensor:
+        """The probability (m, T) of stopping at this loop, at most what is left."""
+        weight, bias = at_least_float32(self.linear.weight), at_least_float32(self.linear.bias)
+        with torch.autocast(signals.h.device.type, enabled=False):
+            p = F.linear(signals.h.to(weight.dtype), weight, bias).squeeze(-1).sigmoid()
+        return torch.minimum(p, survival)
+
+
+class GateHead(nn.Module):
+    """A hazard λ from three features of the change between loops; p_t = λ_t · Π_{s<t} (1 − λ_s) as in PonderNet
+    (2107.05407) and Ouro. Those read h itself; the features alone are what transfers to unseen depths."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(3, 32), nn.Linear(32, 1)
+
+    def reset(self, generator: torch.Generator) -> None:
+        for linear in (self.hidden, self.out):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator)
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.constant_(self.out.bias, HALTING_BIAS)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """features (..., 3) -> log-odds of stopping (...)."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.out(F.gelu(self.hidden(features.to(self.hidden.weight.dtype)))).squeeze(-1)
+
+    def stopping(self, signals: Signals, survival: Tensor) -> Tensor:
+        return survival * self.logits(signals.features()).sigmoid().to(survival.dtype)
+
+
+HALTING_HEADS: dict[str, type[ActHead] | type[GateHead]] = {"act": ActHead, "gate": GateHead}
+
+
+@dataclass(frozen=True)
+class HaltState:
+    """By token (m, T): whether it has halted; the probability that it has not; the weight of the current loop; the
+    weight of its last. `mixture` (m, T, D): Σ weight · h. `log_probs` (m, T, V): the probe's, after the current loop."""
+
+    halted: Tensor
+    survival: Tensor
+    weight: Tensor
+    remainder: Tensor
+    mixture: Tensor | None
+    log_probs: Tensor | None
+
+    def join(self, other: "HaltState") -> "HaltState":
+        """Rows that start now, below those under way."""
+        both = lambda a, b: None if a is None or b is None else torch.cat((a, b))  # noqa: E731
+        return HaltState(
+            torch.cat((self.halted, other.halted)),
+            torch.cat((self.survival, other.survival)),
+            torch.cat((self.weight, other.weight)),
+            torch.cat((self.remainder, other.remainder)),
+            both(self.mixture, other.mixture),
+            both(self.log_probs, other.log_probs),
+        )
+
+
+def check_exit(config: ModelConfig, rule: ExitRule | None) -> None:
+    """Whether a model of this kind can follow this rule."""
+    if rule is None:
+        return
+    require(not config.is_plain, "exit", rule.rule, "absent for a plain model, which has no loops to leave")
+    learned = rule.rule in ("hazard", "cumulative")
+    if learned:
+        require(config.halting in HALTING_HEADS, "exit", rule.rule, f"training-free: halting is {config.halting!r}")
+    elif rule.rule != "delta":
+        remedy = "train with halting = 'kl', 'entropy' or 'gate'"
+        require(config.needs_probe, "exit", rule.rule, f"'delta': halting {config.halting!r} trains no probe", remedy)
+    require(learned or config.read_out == "last", "exit", rule.rule, "learned when the read-out is a mixture")
+
+
+class Halting(nn.Module):
+    """Follows one token's chances of stopping from loop to loop. Without a learned head it only applies exit rules."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head = HALTING_HEADS[config.halting](config) if config.halting in HALTING_HEADS else None
+
+    def needs_predictions(self, rule: ExitRule | None) -> bool:
+        return self.config.halting == "gate" or (rule is not None and rule.rule in ("kl", "entropy"))
+
+    def start(self, h: Tensor, log_probs: Tensor | None) -> HaltState:
+        """h (m, T, D): the initial state."""
+        zero = torch.zeros(h.shape[:2], device=h.device, dtype=h.dtype)
+        mixture = torch.zeros_like(h) if self.config.read_out == "mixture" else None
+        return HaltState(zero.bool(), zero + 1, zero, zero, mixture, log_probs)
+
+    def step(
+        self,
+        state: HaltState,
+        signals: Signals,
+        *,
+        loop: Loop,
+        running: Tensor | None,
+        is_last: Tensor | bool,
+        rule: ExitRule | None,
+    ) -> HaltState:
+        """After a loop: who stops, and what this loop weighs. A token's last loop takes all that is left, whether it
+        stops by itself or its budget ends, so that its weights sum to 1."""
+        idle = state.halted if running is None else state.halted | ~running
+        stopping = torch.zeros_like(state.survival)
+        if self.head is not None:
+            stopping = self.head.stopping(signals, state.survival)
+        leaves = self._leaves(state, signals, stopping, rule) & (loop + 1 >= (rule.min_loops if rule else 1))
+        ends = (leaves | is_last) & ~idle
+        weight = torch.where(ends, state.survival, stopping).masked_fill(idle, 0)
+        survival = torch.where(ends, 0, state.survival - weight)
+        remainder = torch.where(ends, weight, state.remainder)
+        mixture = None if state.mixture is None else state.mixture + weight[..., None] * signals.h
+        return HaltState(state.halted | ends, survival, weight, remainder, mixture, signals.log_probs)
+
+    def _leaves(self, state: HaltState, signals: Signals, stopping: Tensor, rule: ExitRule | None) -> Tensor:
+        if rule is None:
+            return torch.zeros_like(state.halted)
+        if rule.rule == "cumulative":
+            return 1 - (state.survival - stopping) >= rule.threshold
+        if rule.rule == "hazard":
+            return stopping >= rule.threshold * state.survival
+        return pick(EXIT_TESTS, rule.rule, "exit rule")(signals) < rule.threshold

@@ -1,0 +1,119 @@
+"""The mixture of experts of DeepSeek-V3 (2412.19437, §2.1.2): routed experts, shared experts, balance by a bias."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ritornello.config import ModelConfig
+from ritornello.model.attention import lora_options
+from ritornello.model.context import Loop
+from ritornello.model.lora import Linear
+from ritornello.ops.experts import experts, swiglu
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (2002.05202): down(silu(gate x) · up x)."""
+
+    def __init__(self, config: ModelConfig, width: int, *, looped: bool) -> None:
+        super().__init__()
+        lora = lora_options(config, "ffn", looped=looped)
+        self.gate_proj = Linear(config.dim, width, **lora)
+        self.up_proj = Linear(config.dim, width, **lora)
+        self.down_proj = Linear(width, config.dim, **lora)
+
+    def forward(self, x: Tensor, table: Loop) -> Tensor:
+        return self.down_proj(swiglu(torch.cat((self.gate_proj(x, table), self.up_proj(x, table)), -1)), table)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """indices (B, T, k): each token's experts; balance: the sequence-level balance loss, a scalar."""
+
+    indices: Tensor
+    balance: Tensor
+
+
+class Router(nn.Module):
+    """Scores E experts in float32 and picks k. The bias takes part in the choice alone, never in the weights (eq. 16)."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_experts, config.dim))
+        shape = (config.n_loops, config.n_experts) if config.router_bias_per_loop else (config.n_experts,)
+        self.register_buffer("e_score_correction_bias", torch.zeros(shape))
+
+    def forward(self, x: Tensor, table: Loop) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> indices (B, T, k), weights (B, T, k), scores (B, T, E)."""
+        c = self.config
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        scores = logits.sigmoid() if c.router_score == "sigmoid" else logits.softmax(-1)
+        bias = self.e_score_correction_bias
+        bias = bias[table] if c.router_bias_per_loop else bias
+        choice = (scores if c.router_score == "sigmoid" else logits).detach() + bias
+        indices = self._limit_groups(choice).topk(c.n_active_experts, -1, sorted=False).indices
+        weights = scores.gather(-1, indices)
+        if c.normalize_expert_weights:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return indices, weights * c.router_scale, scores
+
+    def _limit_groups(self, choice: Tensor) -> Tensor:
+        """Only the experts of the best groups, a group rated by its two best experts."""
+        c = self.config
+        if c.n_active_groups == c.n_expert_groups:
+            return choice
+        grouped = choice.unflatten(-1, (c.n_expert_groups, -1))
+        rating = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+        best = rating.topk(c.n_active_groups, -1).indices
+        allowed = torch.zeros_like(rating, dtype=torch.bool).scatter(-1, best, True)
+        return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+
+
+class Experts(nn.Module):
+    """The weights of E SwiGLU networks, stacked as in transformers; gate and up side by side."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * config.expert_dim, config.dim))
+        self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """x (N, D), indices and weights (N, k) -> (N, D)."""
+        return experts(x.to(self.gate_up_proj.dtype), self.gate_up_proj, self.down_proj, indices, weights)
+
+
+class MixtureOfExperts(nn.Module):
+    """k of E routed experts, and the shared ones for every token."""
+
+    def __init__(self, config: ModelConfig, *, looped: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config)
+        self.experts = Experts(config)
+        width = config.n_shared_experts * config.expert_dim
+        self.shared_experts = FeedForward(config, width, looped=looped) if width else None
+
+    def forward(self, x: Tensor, table: Loop, real: Tensor | None) -> tuple[Tensor, Routed]:
+        """x (B, T, D); real (B, T) bool: tokens that count in the balance loss, None: all."""
+        indices, weights, scores = self.router(x, table)
+        y = self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view(x.shape)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x, table)
+        return y, Routed(indices, self._balance(indices, scores, real))
+
+    def _balance(self, indices: Tensor, scores: Tensor, real: Tensor | None) -> Tensor:
+        """Sequence-level balance loss (eq. 17-20), 1 at perfect balance, mean over sequences."""
+        if not (self.training and torch.is_grad_enabled()):
+            return scores.new_zeros(())
+        c = self.config
+        mask = torch.ones_like(scores[..., :1]) if real is None else real[..., None].to(scores.dtype)
+        n_tokens = mask.sum(1).clamp(min=1)
+        chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
+        frequency = chosen.sum(1) * (c.n_experts / c.n_active_experts) / n_tokens
+        probability = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / n_tokens
+        return (frequency * probability).sum(-1).mean()

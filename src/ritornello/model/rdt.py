@@ -1,0 +1,383 @@
+"""The recurrent-depth transformer: embed → prelude → loop → coda.
+
+    e    = norm(prelude(embed(tokens)))        once
+    h    = initial state
+    loop:  u = inject(h, e);  h = block(u)     the same weights every time
+    logits = head(norm(coda(h)))               once
+
+h stays in float32 or better throughout: in bfloat16 a decay near 1 would leave it unchanged for ever.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ritornello.config import MAX_LOOPS, ExitRule, ModelConfig, require, require_int
+from ritornello.model.bound import state_bound
+from ritornello.model.cache import Cache, KeyValues, Passing
+from ritornello.model.carry import build_carry, initial_state
+from ritornello.model.context import Capture, Context, Key, Loop, build_context
+from ritornello.model.depth import Depth
+from ritornello.model.halting import ActHead, Halting, Probe, Signals, check_exit
+from ritornello.model.initialize import initialize
+from ritornello.model.injection import INJECTIONS
+from ritornello.model.layers import Layer, Pass
+from ritornello.model.moe import MixtureOfExperts, Routed
+from ritornello.model.norm import RMSNorm
+from ritornello.model.state import LoopState, Output, Routing
+
+
+class RecurrentDepthTransformer(nn.Module):
+    """`config.n_recurrent_layers = 0` gives a plain transformer, Llama's block, without injection or e's norm."""
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.embed_tokens = nn.ModuleList(nn.Embedding(c.vocab_size, c.dim) for _ in range(c.n_token_tables))
+        layers = [
+            Layer(c, layer=i, looped=0 <= i - c.n_prelude_layers < c.n_recurrent_layers) for i in range(c.n_layers)
+        ]
+        coda = c.n_prelude_layers + c.n_recurrent_layers
+        self.prelude_layers = nn.ModuleList(layers[: c.n_prelude_layers])
+        self.recurrent = nn.ModuleList(layers[c.n_prelude_layers : coda])
+        self.coda_layers = nn.ModuleList(layers[coda:])
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
+        if not c.is_plain:
+            self.input_norm = RMSNorm(c.dim, c.norm_eps)
+            self.injection = INJECTIONS[c.injection](c)
+            self.carry = build_carry(c)
+            self.loop_embedding = nn.Embedding(c.n_loops, c.dim) if c.loop_embedding else None
+            self.loop_embedding_scale = nn.Parameter(torch.empty(())) if c.loop_embedding else None
+            self.anchor_norm = RMSNorm(c.dim, c.norm_eps) if c.anchored else None
+            self.probe = Probe(c) if c.needs_probe else None
+            self.halting = Halting(c)
+        if not self.norm.weight.is_meta:
+            self.init_weights(seed)
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Draw every parameter anew, in place."""
+        initialize(self, seed)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.embed_tokens[0].weight if self.head is None else self.head.weight  # pyrefly: ignore
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+        weight = self.head_weight
+        return F.linear(hidden.to(weight.dtype), weight)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) or (B, T, C) -> (B, T, D): the sum over C tables."""
+        ids = tokens if tokens.ndim == 3 else tokens[..., None]
+        return torch.stack([table(ids[..., i]) for i, table in enumerate(self.embed_tokens)]).sum(0)
+
+    def prelude(self, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
+        """Embeddings (B, T, D) -> e (B, T, D)."""
+        x = self._run(self.prelude_layers, x, context, kv)
+        return x if self.config.is_plain else self.input_norm(x)
+
+    def coda(self, h: Tensor, context: Context, kv: KeyValues) -> Tensor:
+        """State (B, T, D) -> hidden (B, T, D), in which the logits are linear."""
+        return self.norm(self._run(self.coda_layers, h, context, kv))
+
+    def _run(self, layers: nn.ModuleList, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
+        now = Pass(0, 0, context, kv)
+        for layer in layers:
+            x, _ = layer(x, now)
+        return x
+
+    def loop_once(
+        self, h: Tensor, e: Tensor, loop: Loop, context: Context, kv: KeyValues, running: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routed, ...]]:
+        """One pass through the recurrent block: h (m, T, D) -> the next h, and the routing of each layer.
+
+        `loop`: the index of every token, of each sequence (m, 1), or of each token (m, T).
+        """
+        last = self.config.n_loops - 1
+        table = min(loop, last) if isinstance(loop, int) else loop.clamp(max=last)
+        u = self.injection(h, self.carry.inputs(e))
+        read = x = self.carry.read(u)
+        now = Pass(loop, table, context, kv, running, self._shift(table))
+        routed = []
+        for layer in self.recurrent:
+            x, layer_routed = layer(x, now)
+            if layer_routed is not None:
+                routed.append(layer_routed)
+        h = self.carry.write(u, read, x)
+        return (self._anchor(h) if self.anchor_norm is not None else h), tuple(routed)
+
+    def _shift(self, table: Loop) -> Tensor | None:
+        """The loop-index embedding, which branches read and the carry never holds."""
+        if self.loop_embedding is None or self.loop_embedding_scale is None:
+            return None
+        return self.loop_embedding_scale * self.loop_embedding.weight[table]
+
+    def _anchor(self, h: Tensor) -> Tensor:
+        """h -> norm(softmax(logits) · embedding): the state becomes a mean of token embeddings, a key for look-ups."""
+        assert self.anchor_norm is not None
+        weights = self.logits(self.norm(h)).softmax(-1)
+        return self.anchor_norm(weights @ self.embed_tokens[0].weight.to(weights.dtype)).to(h.dtype)  # pyrefly: ignore
+
+    def start(self, e: Tensor, context: Context, rows: Tensor, exit: ExitRule | None = None) -> LoopState:
+        """The state before loop 0 of e (m, T, D), which lies in the given rows (m,) of the batch."""
+        h = initial_state(self.config.initial_state, e, context)
+        used = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
+        halts = exit is not None or self.halting.head is not None
+        halt = self.halting.start(h, self._predict(h, exit)) if halts else None
+        return LoopState(self.carry.expand(h), used, rows, halt=halt)
+
+    def _predict(self, h: Tensor, exit: ExitRule | None) -> Tensor | None:
+        """The probe's log-probabilities (m, T, V), where something reads them."""
+        if self.probe is None or not self.halting.needs_predictions(exit):
+            return None
+        logits = self.logits(self.probe(h))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def iterate(
+        self,
+        e: Tensor,
+        context: Context,
+        depth: Depth,
+        *,
+        cache: Cache | None = None,
+        exit: ExitRule | None = None,
+        backprop_loops: int = 0,
+        checkpoint: bool = False,
+    ) -> Iterator[LoopState]:
+        """The recurrence over e (B, T, D): the state after each loop, its rows in running order.
+
+        Gradients pass through the last `backprop_loops` iterations, 0: all; before them only h is cut off, e never.
+        Without gradients an exit rule ends the recurrence when all tokens have halted.
+        """
+        gradients = torch.is_grad_enabled()
+        first = depth.n_iterations - backprop_loops if backprop_loops else 0
+        rows = torch.arange(e.shape[0], device=e.device) if depth.order is None else depth.order
+        if depth.order is not None:
+            e, context = e[rows], context.select(rows)
+        state, started = None, 0
+        for i in range(depth.n_iterations):
+            with torch.set_grad_enabled(gradients and i >= first):
+                m = depth.rows(i, e.shape[0])
+                if m > started:
+                    new = slice(started, m)
+                    joining = self.start(e[new], context.select(new), rows[new], exit)
+                    state, started = joining if state is None else state.join(joining), m
+                assert state is not None
+                now = context if m == e.shape[0] else context.select(slice(m))
+                state = self._advance(state, e[:m], now, depth, i, cache=cache, exit=exit, checkpoint=checkpoint)
+            yield state
+            if exit is not None and not gradients and state.halt is not None and bool(state.halt.halted.all()):
+                return
+
+    def _advance(
+        self,
+        state: LoopState,
+        e: Tensor,
+        context: Context,
+        depth: Depth,
+        iteration: int,
+        *,
+        cache: Cache | None,
+        exit: ExitRule | None,
+        checkpoint: bool,
+    ) -> LoopState:
+        """One loop with everything around it: who runs, who stays frozen, who stops now."""
+        loop, running = depth.loop(iteration, len(e)), depth.running(iteration, len(e))
+        if state.halt is not None and exit is not None:
+            running = ~state.halt.halted if running is None else running & ~state.halt.halted
+        h, routed, entries = self._block(state, e, loop, context, cache, running, checkpoint)
+        if running is not None:
+            h = torch.where(running.view(*running.shape, *[1] * (h.ndim - 2)), h, state.h)
+        halt = None
+        if state.halt is not None:
+            merged, before = self.carry.mean(h), self.carry.mean(state.h)
+            signals = Signals(merged, before, self._predict(merged, exit), state.halt.log_probs)
+            is_last = depth.is_last(iteration, len(e))
+            halt = self.halting.step(state.halt, signals, loop=loop, running=running, is_last=is_last, rule=exit)
+        if context.capture is not None:
+            context.capture.add("h", loop, h)
+        used = state.loops_used + (1 if running is None else running.to(torch.int64))
+        freezes = running is not None or exit is not None or self.config.kv_sharing == "first"
+        return LoopState(h, used, state.rows, loop, running, routed, entries if freezes else None, halt)
+
+    def _block(
+        self,
+        state: LoopState,
+        e: Tensor,
+        loop: Loop,
+        context: Context,
+        cache: Cache | None,
+        running: Tensor | None,
+        checkpoint: bool,
+    ) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor] | None]:
+        """`loop_once` with its keys and values: in the cache, or handed on from loop to loop as a value."""
+        if cache is not None:
+            assert isinstance(loop, int), "sequences that share a cache start their loops together"
+            cache.start_loop(loop, running)
+            return *self.loop_once(state.h, e, loop, context, cache, running), None
+
+        def block(h: Tensor, e: Tensor) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor]]:
+            kv = Passing(state.entries, share_first=self.config.kv_sharing == "first")
+            h, routed = self.loop_once(h, e, loop, context, kv, running)
+            return h, routed, kv.entries
+
+        if checkpoint and torch.is_grad_enabled():
+            return recompute(block, state.h, e, use_reentrant=False, preserve_rng_state=False)
+        return block(state.h, e)
+
+    def context(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        key: Key | None = None,
+        capture: Capture | None = None,
+    ) -> Context:
+        """What the layers need to know about the tokens embedded as x (B, T, D)."""
+        past = None
+        if cache is not None:
+            documents = cache.begin(self.config, (x.shape[0], x.shape[1]), documents)
+            positions = cache.next_positions() if positions is None else positions
+            past = cache.documents
+        return build_context(
+            self.config,
+            x,
+            positions=positions,
+            documents=documents,
+            past_documents=past,
+            n_past=cache.length if cache is not None else 0,
+            key=key,
+            capture=capture,
+        )
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        n_loops: int | Tensor | Depth | None = None,
+        exit: ExitRule | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
+        key: Key | None = None,
+        capture: Capture | None = None,
+        backprop_loops: int = 0,
+        checkpoint: bool = False,
+        trajectory: bool = False,
+        return_logits: bool = True,
+    ) -> Output:
+        """Predict the next token of every position.
+
+        Args:
+            tokens: (B, T) ids, or (B, T, C) with C token tables; or inputs_embeds (B, T, D) instead.
+            n_loops: loops of all tokens, or a budget by sequence (B,) or token (B, T), or a Depth; default config.n_loops.
+            exit: lets tokens stop before their budget ends; None forces the depth.
+            documents: (B, T) ids; tokens see their own document only; negative ids are padding.
+            positions: (B, T); by default they count up, from 0 in each document.
+            cache: holds the tokens before these, and takes these in.
+            key: the address of randomness: noise states, dropout.
+            backprop_loops: gradients pass through the last so many loops of each sequence; 0: all.
+            checkpoint: recompute each loop in the backward pass instead of keeping its activations.
+            trajectory: keep the state after each loop.
+        Raises:
+            ValueError: an argument out of range, naming it.
+        """
+        require_int("backprop_loops", backprop_loops, 0, MAX_LOOPS)
+        check_exit(self.config, exit)
+        x = self._check(tokens, inputs_embeds, cache)
+        depth = Depth.of(self.config.n_loops if n_loops is None else n_loops, (x.shape[0], x.shape[1])).to(x.device)
+        context = self.context(x, positions=positions, documents=documents, cache=cache, key=key, capture=capture)
+        kv = cache if cache is not None else Passing()
+        h = self.prelude(x, context, kv)
+        out = Output(None, h, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
+        if not self.config.is_plain:
+            out.trajectory = [] if trajectory else None
+            options = {"cache": cache, "exit": exit, "backprop_loops": backprop_loops, "checkpoint": checkpoint}
+            h = self._recur(h, context, depth, out, **options)
+        out.hidden = self.coda(h, context, kv)
+        if cache is not None:
+            cache.commit()
+        out.logits = self.logits(out.hidden) if return_logits else None
+        return out
+
+    def _recur(self, e: Tensor, context: Context, depth: Depth, out: Output, **options: Any) -> Tensor:
+        """Run the recurrence, note in `out` what happened, and return what the coda reads, in the batch's order."""
+        c, real = self.config, context.real()
+        if c.ffn == "moe":
+            shape = (c.n_loops, c.n_recurrent_layers, c.n_experts)
+            out.routing = Routing(torch.zeros(shape, dtype=torch.int64, device=e.device))
+        if context.capture is not None:
+            context.capture.add("e", 0, e)
+        balance, state = [], None
+        for state in self.iterate(e, context, depth, **options):
+            if out.routing is not None:
+                out.routing.count(state, None if real is None else real[state.rows])
+            if out.trajectory is not None:
+                out.trajectory.append(state)
+            balance += [routed.balance for routed in state.routed if routed.balance.requires_grad]
+        assert state is not None
+        if balance:
+            out.aux["balance"] = torch.stack(balance).mean()
+        out.loops_used = depth.restore(state.loops_used)
+        if state.halt is not None and isinstance(self.halting.head, ActHead):
+            ponder = out.loops_used + depth.restore(state.halt.remainder)
+            out.aux["ponder"] = ponder.mean() if real is None else (ponder * real).sum() / real.sum()
+        return depth.restore(self.read_out(state))
+
+    def read_out(self, state: LoopState) -> Tensor:
+        """What the coda reads of a state: (m, T, D)."""
+        if state.halt is not None and state.halt.mixture is not None:
+            return state.halt.mixture
+        return self.carry.mean(state.h)
+
+    def _check(self, tokens: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None) -> Tensor:
+        """The embedded input (B, T, D). Ids are checked on a CPU only: elsewhere that would wait for the device."""
+        c = self.config
+        require((tokens is None) != (inputs_embeds is None), "tokens", tokens, "given, or else inputs_embeds")
+        if tokens is None:
+            assert inputs_embeds is not None
+            ok = inputs_embeds.ndim == 3 and inputs_embeds.shape[-1] == c.dim and inputs_embeds.numel() > 0
+            require(ok, "inputs_embeds", tuple(inputs_embeds.shape), f"of shape (B, T, {c.dim}), not empty")
+            x = inputs_embeds
+        else:
+            require(tokens.dtype in (torch.int64, torch.int32), "tokens", tokens.dtype, "int64 or int32")
+            shape = "(B, T)" if c.n_token_tables == 1 else f"(B, T, {c.n_token_tables})"
+            ok = tokens.shape[2:] == (() if c.n_token_tables == 1 else (c.n_token_tables,)) and tokens.ndim >= 2
+            require(ok and tokens.numel() > 0, "tokens", tuple(tokens.shape), f"of shape {shape}, not empty")
+            if tokens.device.type == "cpu":
+                low, high = (int(x) for x in tokens.aminmax())
+                require(0 <= low and high < c.vocab_size, "tokens", low if low < 0 else high, f"in [0, {c.vocab_size - 1}]")
+            x = self.embed(tokens)
+        length = x.shape[1] + (cache.length if cache is not None else 0)
+        require(length <= c.max_seq_len, "tokens", f"{length} positions", f"at most max_seq_len = {c.max_seq_len}")
+        return x
+
+    def state_bound(self, n_loops: int) -> float:
+        """The largest ‖h‖ that any tokens can reach within `n_loops` loops; see bound.py."""
+        return state_bound(self, n_loops)
+
+    @torch.no_grad()
+    def update_router_bias(self, load: Tensor, *, rate: float, min_tokens: int = 0) -> None:
+        """Raise the selection bias of experts with less than the mean load by `rate`, lower the others' (2412.19437 §2.1.2).
+
+        load: (n_loops, R, E) of one optimizer step, summed over micro-batches and ranks. With a bias per loop, loops
+        that saw fewer than `min_tokens` tokens keep theirs.
+        """
+        for layer, counts in zip(self.recurrent, load.unbind(1), strict=True):
+            assert isinstance(layer, Layer) and isinstance(layer.mlp, MixtureOfExperts)
+            counts = counts.float() if self.config.router_bias_per_loop else counts.float().sum(0)
+            step = rate * (counts.mean(-1, keepdim=True) - counts).sign()
+            if self.config.router_bias_per_loop:
+                step = step * (counts.sum(-1, keepdim=True) >= min_tokens * self.config.n_active_experts)
+            layer.mlp.router.e_score_correction_bias += step

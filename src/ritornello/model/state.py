@@ -1,0 +1,79 @@
+"""What the recurrence carries, and what a forward pass returns."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ritornello.model.context import Loop
+from ritornello.model.halting import HaltState
+from ritornello.model.moe import Routed
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """The carry after a loop, a value. Of a batch of B rows, the first m in running order are under way.
+
+    h: (m, T, D), or (m, T, n, D) with carry streams. loops_used: (m, T). rows: (m,) their places in the batch.
+    loop: the index of the loop just run; running (m, T or 1): who ran it, None: all. routed: by recurrent layer.
+    entries: by layer, the keys and values that halted tokens keep. halt: None when nothing can halt.
+    """
+
+    h: Tensor
+    loops_used: Tensor
+    rows: Tensor
+    loop: Loop = -1
+    running: Tensor | None = None
+    routed: tuple[Routed, ...] = ()
+    entries: dict[int, Tensor] | None = None
+    halt: HaltState | None = None
+
+    def join(self, other: "LoopState") -> "LoopState":
+        """Rows that start now, below those under way. They have no entries yet, and overwrite the zeros put here."""
+        entries = self.entries
+        if entries is not None:
+            shape = other.h.shape[:2]
+            entries = {layer: torch.cat((x, x.new_zeros(*shape, x.shape[-1]))) for layer, x in entries.items()}
+        return LoopState(
+            torch.cat((self.h, other.h)),
+            torch.cat((self.loops_used, other.loops_used)),
+            torch.cat((self.rows, other.rows)),
+            entries=entries,
+            halt=None if self.halt is None or other.halt is None else self.halt.join(other.halt),
+        )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """load (n_loops, R, E) int64: the tokens each expert got, by loop index and recurrent layer."""
+
+    load: Tensor
+
+    def count(self, state: LoopState, real: Tensor | None) -> None:
+        """Add one loop's choices: of tokens that ran and are `real` (m, T)."""
+        n_loops, n_layers, n_experts = self.load.shape
+        m, n_tokens = state.loops_used.shape
+        counted = torch.ones(m, n_tokens, dtype=torch.int64, device=self.load.device)
+        for mask in (state.running, real):
+            counted = counted if mask is None else counted * mask
+        loop = torch.as_tensor(state.loop, device=self.load.device).clamp(max=n_loops - 1)
+        for layer, routed in enumerate(state.routed):
+            address = (loop.expand(m, n_tokens) * n_layers + layer)[..., None] * n_experts + routed.indices
+            weights = counted[..., None].expand_as(address)
+            self.load.view(-1).scatter_add_(0, address.flatten(), weights.flatten())
+
+
+@dataclass
+class Output:
+    """logits (B, T, V) or None; hidden (B, T, D) = norm(coda(h)), in which they are linear; loops_used (B, T).
+
+    aux: scalars for a loss: `balance` (mean over loops and layers), `ponder` (loops + remainder, mean over tokens).
+    trajectory: the state after each loop, if asked for.
+    """
+
+    logits: Tensor | None
+    hidden: Tensor
+    loops_used: Tensor
+    routing: Routing | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
+    trajectory: list[LoopState] | None = None

@@ -1,0 +1,1 @@
+"""Pure functions on tensors. Each fast path stands beside a `*_ref` that defines it."""

@@ -1,0 +1,48 @@
+"""Scaled dot-product attention with grouped key-value heads."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    """Defines `attention`: explicit scores, explicit softmax. Same shapes."""
+    groups = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+    if mask is None:
+        n_past = k.shape[-2] - q.shape[-2]
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(n_past)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return weights @ v.repeat_interleave(groups, 1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v, one key-value head for every H / G query heads.
+
+    Args:
+        q: (B, H, T, K) queries.
+        k: (B, G, S, K) keys, v: (B, G, S, M) values; G divides H.
+        mask: bool, broadcastable to (B, H, T, S), True where a query may look; None: causal with T = S, or T = 1 seeing all.
+    Returns:
+        (B, H, T, M)
+    """
+    assert mask is not None or q.shape[-2] in (1, k.shape[-2]), "a chunk that follows cached tokens needs its mask"
+    causal = mask is None and q.shape[-2] > 1
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def rotary_tables(positions: Tensor, *, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, dim) of RoFormer (2104.09864), halves layout as in Llama; computed in >= float32."""
+    precise = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=precise) / dim
+    angles = positions[..., None].to(precise) * theta**-exponents
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn (B, T, heads, dim) by the positions that made `tables`."""
+    cos, sin = (table[:, :, None].to(x.dtype) for table in tables)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin

@@ -1,0 +1,37 @@
+"""Counter-based random numbers: each one a function of its address, whatever batch, rank or chunk asks for it.
+
+A key is an int64 tensor; `fold` mixes another counter into it. The mixer is SplitMix64 (Steele et al. 2014), whose
+arithmetic modulo 2**64 is exactly that of int64 with wrap-around, on every device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
+_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; int64's own is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def fold(key: Tensor, counter: Tensor | int) -> Tensor:
+    """A new key from `key` and `counter` (broadcast)."""
+    z = (key ^ (torch.as_tensor(counter, device=key.device) * _MIX1)) + _GOLDEN
+    z = (z ^ _shift(z, 30)) * _MIX1
+    z = (z ^ _shift(z, 27)) * _MIX2
+    return z ^ _shift(z, 31)
+
+
+def uniform(key: Tensor) -> Tensor:
+    """float32 in (0, 1), one for each key: 24 bits, shifted by half a step so that neither end occurs."""
+    return (_shift(key, 40).to(torch.float32) + 0.5) * 2**-24
+
+
+def normal(key: Tensor) -> Tensor:
+    """Standard normal float32, one for each key, by inversion."""
+    return math.sqrt(2) * torch.erfinv(2 * uniform(key) - 1)
