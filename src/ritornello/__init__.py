@@ -1,0 +1,52 @@
+"""Ritornello: recurrent-depth transformers you can read, run and refute.
+
+    from ritornello import RecurrentDepthTransformer, preset, load, generate
+    model = RecurrentDepthTransformer(preset("tiny"))
+    out = model(tokens, n_loops=16)
+
+Names are imported when they are first used: the command line shows its help without loading torch.
+"""
+
+# ruff: noqa: F401  (type checkers read these imports; `_HOMES` does the importing)
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ritornello.config import DataConfig, ExitRule, ModelConfig, Recipe, TrainConfig
+    from ritornello.engine.generate import Generation, Loaded, generate, load, stream
+    from ritornello.model.cache import Cache
+    from ritornello.model.context import Capture, Key
+    from ritornello.model.depth import Depth
+    from ritornello.model.rdt import RecurrentDepthTransformer
+    from ritornello.model.state import Output
+    from ritornello.presets import PRESETS, preset
+
+try:
+    __version__ = version("ritornello")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "config": ("DataConfig", "ExitRule", "ModelConfig", "Recipe", "TrainConfig"),
+    "engine.generate": ("Generation", "Loaded", "generate", "load", "stream"),
+    "model.cache": ("Cache",),
+    "model.context": ("Capture", "Key"),
+    "model.depth": ("Depth",),
+    "model.rdt": ("RecurrentDepthTransformer",),
+    "model.state": ("Output",),
+    "presets": ("PRESETS", "preset"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ritornello' has no attribute {name!r}")
+    return getattr(import_module(f"ritornello.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

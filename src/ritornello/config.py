@@ -196,12 +196,17 @@ class ModelConfig:
 
     def _check_recurrence(self) -> None:
         require_float("rho_max", self.rho_max, 0, 1, open_low=True)
-        require(0 < self.decay_init < self.rho_max, "decay_init", self.decay_init, f"in (0, rho_max = {self.rho_max:g})")
+        require(
+            0 < self.decay_init < self.rho_max, "decay_init", self.decay_init, f"in (0, rho_max = {self.rho_max:g})"
+        )
         require_float("input_init", self.input_init, 0)
         if self.is_plain:
             require(self.halting == "none", "halting", self.halting, "'none' without recurrent layers")
         require(
-            not (self.anchored and self.carry_streams > 1), "carry_streams", self.carry_streams, "1 with an anchored state"
+            not (self.anchored and self.carry_streams > 1),
+            "carry_streams",
+            self.carry_streams,
+            "1 with an anchored state",
         )
         if self.injection == "none":
             require(
@@ -270,7 +275,13 @@ class ExitRule:
         require_int("min_loops", self.min_loops, 1, MAX_LOOPS)
 
 
-DEFAULT_THRESHOLDS: dict[ExitName, float] = {"hazard": 0.9, "cumulative": 0.99, "kl": 0.01, "delta": 0.03, "entropy": 0.5}
+DEFAULT_THRESHOLDS: dict[ExitName, float] = {
+    "hazard": 0.9,
+    "cumulative": 0.99,
+    "kl": 0.01,
+    "delta": 0.03,
+    "entropy": 0.5,
+}
 DEFAULT_RULES: dict[str, ExitName] = {
     "act": "cumulative",
     "gate": "hazard",
@@ -379,9 +390,7 @@ class TrainConfig:
         for n in self.eval_loops:
             require_int("eval_loops", n, 1, MAX_LOOPS)
         micro = self.microbatch_size or self.batch_size
-        require(
-            self.batch_size % micro == 0, "microbatch_size", micro, f"a divisor of batch_size ({self.batch_size})"
-        )
+        require(self.batch_size % micro == 0, "microbatch_size", micro, f"a divisor of batch_size ({self.batch_size})")
 
     @property
     def accumulation(self) -> int:

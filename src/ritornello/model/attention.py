@@ -1,7 +1,6 @@
-"""Two kinds of attention behind one switch. Each turns a token into one cache entry, and queries into outputs over entries."""
+"""Two kinds of attention behind one switch. Each turns a token into one cache entry, and queries entries."""
 
 from abc import ABC, abstractmethod
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,13 @@ from ritornello.ops.attention import attention, rotate
 class Attention(nn.Module, ABC):
     """x (B, T, D) -> (B, T, D). `running` (B, T or 1) bool: tokens that have not halted."""
 
-    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__()
-        self.config = config
-        self.layer = layer
+        self.config, self.layer = config, layer
 
-    def forward(self, x: Tensor, loop: Loop, table: Loop, context: Context, kv: KeyValues, running: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, loop: Loop, table: Loop, context: Context, kv: KeyValues, running: Tensor | None
+    ) -> Tensor:
         """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
         entries = kv.put(self.layer, loop, self.entry(x, context), running)
         return self.attend(x, table, entries, context)
@@ -46,7 +46,7 @@ class GroupedQueryAttention(Attention):
     """GQA (2305.13245) as in Llama. An entry holds G rotated keys, then G values."""
 
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
-        super().__init__(config, layer=layer)
+        super().__init__(config, layer=layer, looped=looped)
         dim, head_dim = config.dim, config.head_dim
         self.q_proj = Linear(dim, config.n_heads * head_dim, **lora_options(config, "q", looped=looped))
         self.k_proj = Linear(dim, config.n_kv_heads * head_dim)
@@ -70,14 +70,14 @@ class GroupedQueryAttention(Attention):
 
 
 class LatentAttention(Attention):
-    """MLA (DeepSeek-V2 2405.04434, §2.1; names of DeepSeek-V3). An entry holds the normalised latent, then the rotary key.
+    """MLA (DeepSeek-V2 2405.04434, §2.1; names of DeepSeek-V3). An entry: the normalised latent, the rotary key.
 
     Absorption (eq. 10-11 there): kv_b_proj moves from the keys and values of S tokens to the queries and outputs of T.
     Rotary channels use Llama's halves layout, DeepSeek's interleaved one permuted.
     """
 
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
-        super().__init__(config, layer=layer)
+        super().__init__(config, layer=layer, looped=looped)
         q_width = config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         lora = lora_options(config, "q", looped=looped)
         if config.q_lora_rank:
@@ -104,10 +104,7 @@ class LatentAttention(Attention):
     def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, Tensor]:
         """(B, H, T, nope), (B, H, T, rope)."""
         c = self.config
-        if c.q_lora_rank:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), table)
-        else:
-            q = self.q_proj(x, table)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), table) if c.q_lora_rank else self.q_proj(x, table)
         nope, rotary = q.unflatten(-1, (c.n_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         if context.rope is not None:
             rotary = rotate(rotary, context.rope)
@@ -148,8 +145,3 @@ class LatentAttention(Attention):
 
 
 ATTENTION: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
-
-
-def build_attention(config: ModelConfig, *, layer: int, looped: bool) -> Attention:
-    kind = cast(type[GroupedQueryAttention], ATTENTION[config.attention])
-    return kind(config, layer=layer, looped=looped)

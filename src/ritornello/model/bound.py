@@ -4,8 +4,8 @@ Branches read RMS-normalised inputs, so ‖delta(u)‖ ≤ M for every u, and wi
 
     ‖h_t‖ ≤ ρᵗ ‖h_0‖ + (1 − ρᵗ) (g ‖e‖ + M) / (1 − ρ).
 
-M is summed over layers, and the largest over experts and loop indices, low-rank deltas included. It holds without dropout.
-For ρ ≥ 1 it grows with t: `lti` alone has a bound for every depth.
+M is summed over layers, and the largest over experts and loop indices, low-rank deltas included; dropout must be off.
+For ρ ≥ 1 the bound grows with t: `lti` alone has one for every depth.
 It bounds the state; it promises neither convergence nor good gradients.
 """
 

@@ -1,7 +1,7 @@
 """Where attention puts a token's keys and values, and what it finds there.
 
-One entry is (B, T, kv_width): GQA's keys and values side by side, or MLA's latent and rotary key. Attention knows nothing
-of loops, slots or other tokens; the model nothing of storage.
+One entry is (B, T, kv_width): GQA's keys and values side by side, or MLA's latent and rotary key. Attention knows
+nothing of loops, slots or other tokens; the model nothing of storage.
 """
 
 from abc import ABC, abstractmethod
@@ -36,11 +36,9 @@ class Passing(KeyValues):
         if self.previous is not None:
             old = self.previous[layer]
             if self.share_first:
-                first = loop == 0
+                first = torch.as_tensor(loop == 0, device=entry.device).view(-1, 1)
                 running = first if running is None else running & first
-            if isinstance(running, bool):
-                entry = entry if running else old
-            elif running is not None:
+            if running is not None:
                 entry = torch.where(running[..., None], entry, old)
         self.entries[layer] = entry
         return entry
@@ -50,9 +48,9 @@ class Cache(KeyValues):
     """A preallocated cache for `batch_size` sequences that grow together, up to `max_len` tokens.
 
     Recurrent layers have a slot for each loop; a token is stored up to its last loop and read at min(loop, last).
-    `policy`: `per_loop` is exact. `last`: within a pass each loop has its own entries, afterwards only each token's last
-    survives: one slot, an approximation. `first`: every loop reads the entries of loop 0: one slot, exact for a model
-    trained so (`kv_sharing`).
+    `policy`: `per_loop` is exact. `last`: within a pass each loop has its own entries, afterwards each token keeps its
+    last: one slot, an approximation. `first`: every loop reads the entries of loop 0: one slot, exact for a model that
+    was trained so (`kv_sharing`).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The state that travels from loop to loop: where it starts, and how the block reads and writes it. Always >= float32."""
+"""The state that travels from loop to loop, in float32 or better: its start, and how the block reads and writes it."""
 
 import math
 

@@ -1,6 +1,7 @@
 """What every layer of one forward pass shares: where its tokens are, what they may see, which randomness is theirs."""
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from ritornello.config import ModelConfig, require
 from ritornello.ops.attention import rotary_tables
 from ritornello.ops.noise import fold, uniform
+
+if TYPE_CHECKING:
+    from ritornello.model.cache import Cache
 
 Loop = int | Tensor  # a loop index: one for all tokens, or (B, 1) by sequence, or (B, T) by token
 
@@ -40,7 +44,7 @@ class Key:
 class Capture:
     """Collects the named tensors of a forward pass: `tensors[name]` is a list of (loop, tensor). Free when absent.
 
-    Names: `e`, `h` (after each loop), `<layer>.attention` and `<layer>.ffn` (branch outputs), `<layer>.experts` (indices).
+    Names: `e`, `h` (after each loop), `<layer>.attention`, `<layer>.ffn` (branch outputs), `<layer>.experts` (indices).
     """
 
     names: frozenset[str]
@@ -53,7 +57,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Context:
-    """positions, documents (B, T); mask (B or 1, 1, T, S) bool or None: causal with T = S, or T = 1 seeing everything."""
+    """positions, documents (B, T); mask (B or 1, 1, T, S) bool or None: causal with T = S, or T = 1 seeing all."""
 
     positions: Tensor
     documents: Tensor | None
@@ -91,29 +95,30 @@ def build_context(
     config: ModelConfig,
     x: Tensor,
     *,
-    positions: Tensor | None,
-    documents: Tensor | None,
-    past_documents: Tensor | None,
-    n_past: int,
-    key: Key | None,
-    capture: Capture | None,
+    positions: Tensor | None = None,
+    documents: Tensor | None = None,
+    cache: "Cache | None" = None,
+    key: Key | None = None,
+    capture: Capture | None = None,
 ) -> Context:
-    """For tokens x (B, T, D); `n_past` lie in the cache, of `past_documents` (B, n_past) where documents are in use."""
-    batch, n_new, device = x.shape[0], x.shape[1], x.device
-    if positions is None:
-        if documents is not None and n_past == 0:
-            positions = document_positions(documents)
-        else:
-            positions = torch.arange(n_past, n_past + n_new, device=device).expand(batch, n_new)
+    """What the layers need to know about the tokens embedded as x (B, T, D), which follow those in `cache`."""
+    shape, n_past, past = x.shape[:2], 0, None
     for name, given in (("positions", positions), ("documents", documents)):
-        ok = given is None or given.shape == (batch, n_new)
-        require(ok, name, None if given is None else tuple(given.shape), f"of shape (B, T) = {(batch, n_new)}")
+        shown = None if given is None else tuple(given.shape)
+        require(given is None or given.shape == shape, name, shown, f"of shape (B, T) = {tuple(shape)}")
+    if cache is not None:
+        documents = cache.begin(config, (x.shape[0], x.shape[1]), documents)
+        positions = cache.next_positions() if positions is None else positions
+        n_past, past = cache.length, cache.documents
+    if positions is None:
+        counting = torch.arange(n_past, n_past + shape[1], device=x.device).expand(shape)
+        positions = counting if documents is None else document_positions(documents)
     mask = None
-    if documents is not None or (n_past and n_new > 1):
-        mask = torch.ones(n_new, n_past + n_new, dtype=torch.bool, device=device).tril(n_past)[None, None]
-    if documents is not None:
-        every = documents if past_documents is None else torch.cat((past_documents, documents), 1)
-        mask = mask & (documents[:, None, :, None] == every[:, None, None, :])
+    if documents is not None or (n_past and shape[1] > 1):
+        mask = torch.ones(shape[1], n_past + shape[1], dtype=torch.bool, device=x.device).tril(n_past)[None, None]
+        if documents is not None:
+            every = documents if past is None else torch.cat((past, documents), 1)
+            mask = mask & (documents[:, None, :, None] == every[:, None, None, :])
     rope = None
     if config.positions == "rope":
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -122,7 +127,7 @@ def build_context(
 
 
 def dropout(x: Tensor, p: float, context: Context, *address: Loop) -> Tensor:
-    """Dropout (B, T, D) whose mask depends on the key, the position and `address` alone, so recomputation repeats it."""
+    """Dropout (B, T, D). Its mask depends on the key, the position and `address` alone, so recomputation repeats it."""
     require(context.key is not None, "key", None, "given in training when dropout > 0")
     assert context.key is not None
     keys = context.key.fold(context.positions, *address)[..., None]

@@ -53,7 +53,9 @@ class Depth:
             return n_loops
         if not isinstance(n_loops, Tensor):
             return Depth.uniform(n_loops)
-        require(n_loops.shape in (shape[:1], shape), "n_loops", tuple(n_loops.shape), f"of shape (B,) or (B, T) = {shape}")
+        require(
+            n_loops.shape in (shape[:1], shape), "n_loops", tuple(n_loops.shape), f"of shape (B,) or (B, T) = {shape}"
+        )
         whole = not n_loops.is_floating_point() and n_loops.dtype != torch.bool
         low, high = (int(x) for x in n_loops.aminmax())
         _check_budgets(whole, low, high)

@@ -3,7 +3,8 @@ would be computed otherwise than the whole; so predictions are read through a pr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,11 @@ class Signals:
         return torch.stack((self.kl().clamp(min=1e-8).log(), self.entropy(), turn), -1).detach()
 
 
-EXIT_TESTS: dict[str, Callable[[Signals], Tensor]] = {"kl": Signals.kl, "entropy": Signals.entropy, "delta": Signals.delta}
+EXIT_TESTS: dict[str, Callable[[Signals], Tensor]] = {
+    "kl": Signals.kl,
+    "entropy": Signals.entropy,
+    "delta": Signals.delta,
+}
 
 HALTING_BIAS = -3.0  # 0 or more traps most runs at one loop (2604.21999)
 
@@ -111,7 +116,7 @@ HALTING_HEADS: dict[str, type[ActHead] | type[GateHead]] = {"act": ActHead, "gat
 @dataclass(frozen=True)
 class HaltState:
     """By token (m, T): whether it has halted; the probability that it has not; the weight of the current loop; the
-    weight of its last. `mixture` (m, T, D): Σ weight · h. `log_probs` (m, T, V): the probe's, after the current loop."""
+    weight of its last. `mixture` (m, T, D): Σ weight · h. `log_probs` (m, T, V): the probe's, after this loop."""
 
     halted: Tensor
     survival: Tensor
@@ -122,15 +127,11 @@ class HaltState:
 
     def join(self, other: "HaltState") -> "HaltState":
         """Rows that start now, below those under way."""
-        both = lambda a, b: None if a is None or b is None else torch.cat((a, b))  # noqa: E731
-        return HaltState(
-            torch.cat((self.halted, other.halted)),
-            torch.cat((self.survival, other.survival)),
-            torch.cat((self.weight, other.weight)),
-            torch.cat((self.remainder, other.remainder)),
-            both(self.mixture, other.mixture),
-            both(self.log_probs, other.log_probs),
-        )
+        joined: dict[str, Any] = {}
+        for f in fields(self):
+            mine, new = getattr(self, f.name), getattr(other, f.name)
+            joined[f.name] = None if mine is None else torch.cat((mine, new))
+        return HaltState(**joined)
 
 
 def check_exit(config: ModelConfig, rule: ExitRule | None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ritornello.config import ModelConfig
-from ritornello.model.attention import build_attention
+from ritornello.model.attention import ATTENTION
 from ritornello.model.cache import KeyValues
 from ritornello.model.context import Context, Loop, dropout
 from ritornello.model.moe import FeedForward, MixtureOfExperts, Routed
@@ -38,7 +38,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__()
         self.norm_kind, self.dropout, self.layer = config.norm, config.dropout, layer
-        self.self_attn = build_attention(config, layer=layer, looped=looped)
+        self.self_attn = ATTENTION[config.attention](config, layer=layer, looped=looped)
         routed = looped and config.ffn == "moe"
         self.mlp = (
             MixtureOfExperts(config, looped=looped) if routed else FeedForward(config, config.ffn_dim, looped=looped)
@@ -50,7 +50,9 @@ class Layer(nn.Module):
             self.mlp_out_layernorm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Routed | None]:
-        y = self.self_attn(self._read(self.input_layernorm, x, now), now.loop, now.table, now.context, now.kv, now.running)
+        y = self.self_attn(
+            self._read(self.input_layernorm, x, now), now.loop, now.table, now.context, now.kv, now.running
+        )
         x = self._write("attention", x, y, now)
         y, routed = self._feed_forward(self._read(self.post_attention_layernorm, x, now), now)
         return self._write("ffn", x, y, now), routed

@@ -35,7 +35,7 @@ class Routed:
 
 
 class Router(nn.Module):
-    """Scores E experts in float32 and picks k. The bias takes part in the choice alone, never in the weights (eq. 16)."""
+    """Scores E experts in float32 and picks k. The bias takes part in the choice, never in the weights (eq. 16)."""
 
     e_score_correction_bias: Tensor
 

@@ -9,6 +9,7 @@ h stays in float32 or better throughout: in bfloat16 a decay near 1 would leave 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ from ritornello.model.layers import Layer, Pass
 from ritornello.model.moe import MixtureOfExperts, Routed
 from ritornello.model.norm import RMSNorm
 from ritornello.model.state import LoopState, Output, Routing
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one recurrence runs; the fields are `forward`'s arguments."""
+
+    depth: Depth
+    cache: Cache | None = None
+    exit: ExitRule | None = None
+    backprop_loops: int = 0
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        aligned = self.cache is None or self.depth.starts is None
+        require(aligned, "n_loops", "right-aligned", "an int or a tensor with a cache, whose tokens start together")
 
 
 class RecurrentDepthTransformer(nn.Module):
@@ -126,6 +142,10 @@ class RecurrentDepthTransformer(nn.Module):
         weights = self.logits(self.norm(h)).softmax(-1)
         return self.anchor_norm(weights @ self.embed_tokens[0].weight.to(weights.dtype)).to(h.dtype)  # pyrefly: ignore
 
+    def context(self, x: Tensor, **options: Any) -> Context:
+        """What the layers need to know about the tokens embedded as x (B, T, D); see build_context."""
+        return build_context(self.config, x, **options)
+
     def start(self, e: Tensor, context: Context, rows: Tensor, exit: ExitRule | None = None) -> LoopState:
         """The state before loop 0 of e (m, T, D), which lies in the given rows (m,) of the batch."""
         h = initial_state(self.config.initial_state, e, context)
@@ -141,24 +161,14 @@ class RecurrentDepthTransformer(nn.Module):
         logits = self.logits(self.probe(h))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    def iterate(
-        self,
-        e: Tensor,
-        context: Context,
-        depth: Depth,
-        *,
-        cache: Cache | None = None,
-        exit: ExitRule | None = None,
-        backprop_loops: int = 0,
-        checkpoint: bool = False,
-    ) -> Iterator[LoopState]:
+    def iterate(self, e: Tensor, context: Context, run: Run) -> Iterator[LoopState]:
         """The recurrence over e (B, T, D): the state after each loop, its rows in running order.
 
         Gradients pass through the last `backprop_loops` iterations, 0: all; before them only h is cut off, e never.
         Without gradients an exit rule ends the recurrence when all tokens have halted.
         """
-        gradients = torch.is_grad_enabled()
-        first = depth.n_iterations - backprop_loops if backprop_loops else 0
+        depth, gradients = run.depth, torch.is_grad_enabled()
+        first = depth.n_iterations - run.backprop_loops if run.backprop_loops else 0
         rows = torch.arange(e.shape[0], device=e.device) if depth.order is None else depth.order
         if depth.order is not None:
             e, context = e[rows], context.select(rows)
@@ -168,97 +178,52 @@ class RecurrentDepthTransformer(nn.Module):
                 m = depth.rows(i, e.shape[0])
                 if m > started:
                     new = slice(started, m)
-                    joining = self.start(e[new], context.select(new), rows[new], exit)
+                    joining = self.start(e[new], context.select(new), rows[new], run.exit)
                     state, started = joining if state is None else state.join(joining), m
                 assert state is not None
-                now = context if m == e.shape[0] else context.select(slice(m))
-                state = self._advance(state, e[:m], now, depth, i, cache=cache, exit=exit, checkpoint=checkpoint)
+                state = self._advance(state, e[:m], context if m == len(e) else context.select(slice(m)), i, run)
             yield state
-            if exit is not None and not gradients and state.halt is not None and bool(state.halt.halted.all()):
+            if run.exit is not None and not gradients and state.halt is not None and bool(state.halt.halted.all()):
                 return
 
-    def _advance(
-        self,
-        state: LoopState,
-        e: Tensor,
-        context: Context,
-        depth: Depth,
-        iteration: int,
-        *,
-        cache: Cache | None,
-        exit: ExitRule | None,
-        checkpoint: bool,
-    ) -> LoopState:
+    def _advance(self, state: LoopState, e: Tensor, context: Context, iteration: int, run: Run) -> LoopState:
         """One loop with everything around it: who runs, who stays frozen, who stops now."""
-        loop, running = depth.loop(iteration, len(e)), depth.running(iteration, len(e))
-        if state.halt is not None and exit is not None:
+        depth, m = run.depth, len(e)
+        loop, running = depth.loop(iteration, m), depth.running(iteration, m)
+        if state.halt is not None and run.exit is not None:
             running = ~state.halt.halted if running is None else running & ~state.halt.halted
-        h, routed, entries = self._block(state, e, loop, context, cache, running, checkpoint)
+        h, routed, entries = self._block(state, e, loop, context, running, run)
         if running is not None:
             h = torch.where(running.view(*running.shape, *[1] * (h.ndim - 2)), h, state.h)
         halt = None
         if state.halt is not None:
             merged, before = self.carry.mean(h), self.carry.mean(state.h)
-            signals = Signals(merged, before, self._predict(merged, exit), state.halt.log_probs)
-            is_last = depth.is_last(iteration, len(e))
-            halt = self.halting.step(state.halt, signals, loop=loop, running=running, is_last=is_last, rule=exit)
+            signals = Signals(merged, before, self._predict(merged, run.exit), state.halt.log_probs)
+            is_last = depth.is_last(iteration, m)
+            halt = self.halting.step(state.halt, signals, loop=loop, running=running, is_last=is_last, rule=run.exit)
         if context.capture is not None:
             context.capture.add("h", loop, h)
         used = state.loops_used + (1 if running is None else running.to(torch.int64))
-        freezes = running is not None or exit is not None or self.config.kv_sharing == "first"
+        freezes = running is not None or run.exit is not None or self.config.kv_sharing == "first"
         return LoopState(h, used, state.rows, loop, running, routed, entries if freezes else None, halt)
 
     def _block(
-        self,
-        state: LoopState,
-        e: Tensor,
-        loop: Loop,
-        context: Context,
-        cache: Cache | None,
-        running: Tensor | None,
-        checkpoint: bool,
+        self, state: LoopState, e: Tensor, loop: Loop, context: Context, running: Tensor | None, run: Run
     ) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor] | None]:
         """`loop_once` with its keys and values: in the cache, or handed on from loop to loop as a value."""
-        if cache is not None:
-            assert isinstance(loop, int), "sequences that share a cache start their loops together"
-            cache.start_loop(loop, running)
-            return *self.loop_once(state.h, e, loop, context, cache, running), None
+        if run.cache is not None:
+            assert isinstance(loop, int)
+            run.cache.start_loop(loop, running)
+            return *self.loop_once(state.h, e, loop, context, run.cache, running), None
 
         def block(h: Tensor, e: Tensor) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor]]:
             kv = Passing(state.entries, share_first=self.config.kv_sharing == "first")
             h, routed = self.loop_once(h, e, loop, context, kv, running)
             return h, routed, kv.entries
 
-        if checkpoint and torch.is_grad_enabled():
+        if run.checkpoint and torch.is_grad_enabled():
             return recompute(block, state.h, e, use_reentrant=False, preserve_rng_state=False)
         return block(state.h, e)
-
-    def context(
-        self,
-        x: Tensor,
-        *,
-        positions: Tensor | None = None,
-        documents: Tensor | None = None,
-        cache: Cache | None = None,
-        key: Key | None = None,
-        capture: Capture | None = None,
-    ) -> Context:
-        """What the layers need to know about the tokens embedded as x (B, T, D)."""
-        past = None
-        if cache is not None:
-            documents = cache.begin(self.config, (x.shape[0], x.shape[1]), documents)
-            positions = cache.next_positions() if positions is None else positions
-            past = cache.documents
-        return build_context(
-            self.config,
-            x,
-            positions=positions,
-            documents=documents,
-            past_documents=past,
-            n_past=cache.length if cache is not None else 0,
-            key=key,
-            capture=capture,
-        )
 
     def forward(
         self,
@@ -281,7 +246,7 @@ class RecurrentDepthTransformer(nn.Module):
 
         Args:
             tokens: (B, T) ids, or (B, T, C) with C token tables; or inputs_embeds (B, T, D) instead.
-            n_loops: loops of all tokens, or a budget by sequence (B,) or token (B, T), or a Depth; default config.n_loops.
+            n_loops: of all tokens, or a budget by sequence (B,) or token (B, T), or a Depth; default config.n_loops.
             exit: lets tokens stop before their budget ends; None forces the depth.
             documents: (B, T) ids; tokens see their own document only; negative ids are padding.
             positions: (B, T); by default they count up, from 0 in each document.
@@ -303,15 +268,14 @@ class RecurrentDepthTransformer(nn.Module):
         out = Output(None, h, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
         if not self.config.is_plain:
             out.trajectory = [] if trajectory else None
-            options = {"cache": cache, "exit": exit, "backprop_loops": backprop_loops, "checkpoint": checkpoint}
-            h = self._recur(h, context, depth, out, **options)
+            h = self._recur(h, context, Run(depth, cache, exit, backprop_loops, checkpoint), out)
         out.hidden = self.coda(h, context, kv)
         if cache is not None:
             cache.commit()
         out.logits = self.logits(out.hidden) if return_logits else None
         return out
 
-    def _recur(self, e: Tensor, context: Context, depth: Depth, out: Output, **options: Any) -> Tensor:
+    def _recur(self, e: Tensor, context: Context, run: Run, out: Output) -> Tensor:
         """Run the recurrence, note in `out` what happened, and return what the coda reads, in the batch's order."""
         c, real = self.config, context.real()
         if c.ffn == "moe":
@@ -320,7 +284,7 @@ class RecurrentDepthTransformer(nn.Module):
         if context.capture is not None:
             context.capture.add("e", 0, e)
         balance, state = [], None
-        for state in self.iterate(e, context, depth, **options):
+        for state in self.iterate(e, context, run):
             if out.routing is not None:
                 out.routing.count(state, None if real is None else real[state.rows])
             if out.trajectory is not None:
@@ -329,6 +293,7 @@ class RecurrentDepthTransformer(nn.Module):
         assert state is not None
         if balance:
             out.aux["balance"] = torch.stack(balance).mean()
+        depth = run.depth
         out.loops_used = depth.restore(state.loops_used)
         if state.halt is not None and isinstance(self.halting.head, ActHead):
             ponder = out.loops_used + depth.restore(state.halt.remainder)
@@ -357,7 +322,9 @@ class RecurrentDepthTransformer(nn.Module):
             require(ok and tokens.numel() > 0, "tokens", tuple(tokens.shape), f"of shape {shape}, not empty")
             if tokens.device.type == "cpu":
                 low, high = (int(x) for x in tokens.aminmax())
-                require(0 <= low and high < c.vocab_size, "tokens", low if low < 0 else high, f"in [0, {c.vocab_size - 1}]")
+                require(
+                    low >= 0 and high < c.vocab_size, "tokens", low if low < 0 else high, f"in [0, {c.vocab_size - 1}]"
+                )
             x = self.embed(tokens)
         length = x.shape[1] + (cache.length if cache is not None else 0)
         require(length <= c.max_seq_len, "tokens", f"{length} positions", f"at most max_seq_len = {c.max_seq_len}")
@@ -369,7 +336,7 @@ class RecurrentDepthTransformer(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, *, rate: float, min_tokens: int = 0) -> None:
-        """Raise the selection bias of experts with less than the mean load by `rate`, lower the others' (2412.19437 §2.1.2).
+        """Raise the selection bias of experts below the mean load by `rate`, lower the others' (2412.19437 §2.1.2).
 
         load: (n_loops, R, E) of one optimizer step, summed over micro-batches and ranks. With a bias per loop, loops
         that saw fewer than `min_tokens` tokens keep theirs.

@@ -22,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: fl
     Args:
         q: (B, H, T, K) queries.
         k: (B, G, S, K) keys, v: (B, G, S, M) values; G divides H.
-        mask: bool, broadcastable to (B, H, T, S), True where a query may look; None: causal with T = S, or T = 1 seeing all.
+        mask: bool, broadcastable to (B, H, T, S), True: may look; None: causal with T = S, or T = 1 seeing all.
     Returns:
         (B, H, T, M)
     """

@@ -27,9 +27,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, redu
         losses = linear_cross_entropy_ref(hidden, weight, labels)
     else:
         chunks = zip(hidden.split(size), labels.split(size), strict=True)
-        losses = torch.cat(
-            [checkpoint(linear_cross_entropy_ref, h, weight, y, use_reentrant=False) for h, y in chunks]
-        )
+        losses = torch.cat([checkpoint(linear_cross_entropy_ref, h, weight, y, use_reentrant=False) for h, y in chunks])
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (labels != -100).sum()
