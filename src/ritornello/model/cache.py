@@ -69,26 +69,23 @@ class Cache(KeyValues):
         require_choice("policy", policy, ("per_loop", "last", "first"))
         self.policy: CachePolicy = "first" if config.kv_sharing == "first" else policy
         self.n_slots = (n_loops or config.n_loops) if self.policy == "per_loop" else 1
-        self.batch_size, self.max_len, self.signature = batch_size, max_len, _signature(config)
+        self.config, self.batch_size, self.max_len = config, batch_size, max_len
         loops = range(config.n_prelude_layers, config.n_prelude_layers + config.n_recurrent_layers)
+        shape = (batch_size, max_len, config.kv_width)
         self.slots = [
-            torch.zeros(
-                self.n_slots if layer in loops else 1, batch_size, max_len, config.kv_width, dtype=dtype, device=device
-            )
+            torch.zeros(self.n_slots if layer in loops else 1, *shape, dtype=dtype, device=device)
             for layer in range(config.n_layers)
         ]
         self.last = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
+        self.length = self.n_new = self.n_run = 0  # tokens stored, tokens on their way, loops that these have run
         self.documents: Tensor | None = None
-        self.length = 0
-        self.n_new = 0
         self.new_documents: Tensor | None = None
-        self.n_run = 0  # loops run by the new tokens
         self.shallowest = self.n_slots - 1  # every token stored so far has at least the slots 0..shallowest
 
     def begin(self, config: ModelConfig, shape: tuple[int, int], documents: Tensor | None) -> Tensor | None:
         """Make room for (B, T) new tokens. Returns their documents, which continue the stored ones when not given."""
         batch, n_new = shape
-        require(self.signature == _signature(config), "cache", "another model's", "made for this model's configuration")
+        require(config == self.config, "cache", "another model's", "made for this model's configuration")
         require(batch == self.batch_size, "cache", f"batch size {self.batch_size}", f"for {batch} sequences")
         room = self.max_len - self.length
         require(n_new <= room, "tokens", f"{n_new} new", f"at most {room} for this cache (max_len {self.max_len})")
@@ -99,14 +96,6 @@ class Cache(KeyValues):
             require(self.length == 0, "documents", "given", "given from the first token on")
         self.new_documents = documents
         return documents
-
-    def next_positions(self) -> Tensor | None:
-        """(B, T) positions of the new tokens where documents are in use: they continue the last stored document."""
-        if self.documents is None:
-            return None
-        run = self.documents == self.documents[:, -1:]
-        count = run.flip(1).to(torch.int64).cumprod(1).sum(1, keepdim=True)
-        return count + torch.arange(self.n_new, device=count.device)
 
     def start_loop(self, loop: int, running: Tensor | None) -> None:
         """Called before each loop: note how deep the new tokens have come."""
@@ -140,14 +129,3 @@ class Cache(KeyValues):
             parts = (self.documents, self.new_documents)
             self.documents = torch.cat([part for part in parts if part is not None], 1)
         self.length += self.n_new
-
-
-def _signature(config: ModelConfig) -> tuple[object, ...]:
-    return (
-        config.attention,
-        config.kv_width,
-        config.n_prelude_layers,
-        config.n_recurrent_layers,
-        config.n_coda_layers,
-        config.kv_sharing,
-    )

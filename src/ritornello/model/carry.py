@@ -58,13 +58,13 @@ class HyperConnections(nn.Module):
         self.write_weight = nn.Parameter(torch.empty(n_streams))
         self.mixing = nn.Parameter(torch.empty(n_streams, n_streams))
 
-    def reset(self) -> None:
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
         """Reads the mean, writes to all alike with small differences to break the symmetry, hardly mixes."""
         n = self.read_weight.shape[0]
-        with torch.no_grad():
-            self.read_weight.fill_(1 / n)
-            self.write_weight.copy_(torch.linspace(0.8, 1.2, n))
-            self.mixing.copy_(4 * torch.eye(n))
+        self.read_weight.fill_(1 / n)
+        self.write_weight.copy_(torch.linspace(0.8, 1.2, n))
+        self.mixing.copy_(4 * torch.eye(n))
 
     def expand(self, h: Tensor) -> Tensor:
         return h[..., None, :].expand(*h.shape[:-1], self.read_weight.shape[0], h.shape[-1])

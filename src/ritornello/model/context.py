@@ -108,16 +108,16 @@ def build_context(
         require(given is None or given.shape == shape, name, shown, f"of shape (B, T) = {tuple(shape)}")
     if cache is not None:
         documents = cache.begin(config, (x.shape[0], x.shape[1]), documents)
-        positions = cache.next_positions() if positions is None else positions
         n_past, past = cache.length, cache.documents
-    if positions is None:
-        counting = torch.arange(n_past, n_past + shape[1], device=x.device).expand(shape)
-        positions = counting if documents is None else document_positions(documents)
+    every = documents if past is None or documents is None else torch.cat((past, documents), 1)
+    if positions is None and every is not None:
+        positions = document_positions(every)[:, n_past:]
+    elif positions is None:
+        positions = torch.arange(n_past, n_past + shape[1], device=x.device).expand(shape)
     mask = None
     if documents is not None or (n_past and shape[1] > 1):
         mask = torch.ones(shape[1], n_past + shape[1], dtype=torch.bool, device=x.device).tril(n_past)[None, None]
-        if documents is not None:
-            every = documents if past is None else torch.cat((past, documents), 1)
+        if documents is not None and every is not None:
             mask = mask & (documents[:, None, :, None] == every[:, None, None, :])
     rope = None
     if config.positions == "rope":

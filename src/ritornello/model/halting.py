@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ritornello.config import ExitRule, ModelConfig, pick, require
+from ritornello.config import ExitRule, ModelConfig, require
 from ritornello.model.context import Loop
 from ritornello.model.injection import at_least_float32
 from ritornello.model.lora import Linear
@@ -24,6 +24,10 @@ class Probe(nn.Module):
         super().__init__()
         self.translator = Linear(config.dim, config.dim)
         self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Start at the logit lens: W = I."""
+        nn.init.eye_(self.translator.weight)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.norm(self.translator(h))
@@ -65,6 +69,7 @@ EXIT_TESTS: dict[str, Callable[[Signals], Tensor]] = {
     "delta": Signals.delta,
 }
 
+LEARNED_RULES = ("hazard", "cumulative")
 HALTING_BIAS = -3.0  # 0 or more traps most runs at one loop (2604.21999)
 
 
@@ -139,7 +144,7 @@ def check_exit(config: ModelConfig, rule: ExitRule | None) -> None:
     if rule is None:
         return
     require(not config.is_plain, "exit", rule.rule, "absent for a plain model, which has no loops to leave")
-    learned = rule.rule in ("hazard", "cumulative")
+    learned = rule.rule in LEARNED_RULES
     if learned:
         require(config.halting in HALTING_HEADS, "exit", rule.rule, f"training-free: halting is {config.halting!r}")
     elif rule.rule != "delta":
@@ -156,8 +161,14 @@ class Halting(nn.Module):
         self.config = config
         self.head = HALTING_HEADS[config.halting](config) if config.halting in HALTING_HEADS else None
 
-    def needs_predictions(self, rule: ExitRule | None) -> bool:
-        return self.config.halting == "gate" or (rule is not None and rule.rule in ("kl", "entropy"))
+    def consults(self, rule: ExitRule | None) -> bool:
+        """Whether the learned head takes part: a training-free rule makes it idle."""
+        return self.head is not None and (rule is None or rule.rule in LEARNED_RULES)
+
+    def reads_predictions(self, rule: ExitRule | None) -> bool:
+        """Whether the probe's predictions are needed: by the gate's features or by the rule."""
+        gated = self.config.halting == "gate" and self.consults(rule)
+        return gated or (rule is not None and rule.rule in ("kl", "entropy"))
 
     def start(self, h: Tensor, log_probs: Tensor | None) -> HaltState:
         """h (m, T, D): the initial state."""
@@ -166,34 +177,26 @@ class Halting(nn.Module):
         return HaltState(zero.bool(), zero + 1, zero, zero, mixture, log_probs)
 
     def step(
-        self,
-        state: HaltState,
-        signals: Signals,
-        *,
-        loop: Loop,
-        running: Tensor | None,
-        is_last: Tensor | bool,
-        rule: ExitRule | None,
+        self, state: HaltState, now: Signals, rule: ExitRule | None, loop: Loop, idle: Tensor, last: Tensor | bool
     ) -> HaltState:
-        """After a loop: who stops, and what this loop weighs. A token's last loop takes all that is left, whether it
-        stops by itself or its budget ends, so that its weights sum to 1."""
-        idle = state.halted if running is None else state.halted | ~running
+        """After a loop that all but the `idle` (m, T) ran: who stops, and what this loop weighs. A last loop takes
+        all that is left, whether it stops by itself or its budget ends, so that its weights sum to 1."""
+        consulted = self.head if self.consults(rule) else None
         stopping = torch.zeros_like(state.survival)
-        if self.head is not None:
-            stopping = self.head.stopping(signals, state.survival)
-        leaves = self._leaves(state, signals, stopping, rule) & (loop + 1 >= (rule.min_loops if rule else 1))
-        ends = (leaves | is_last) & ~idle
+        if consulted is not None:
+            stopping = consulted.stopping(now, state.survival)
+        if rule is not None:
+            last = last | self._leaves(state, now, rule, stopping) & (loop + 1 >= rule.min_loops)
+        ends = last & ~idle
         weight = torch.where(ends, state.survival, stopping).masked_fill(idle, 0)
         survival = torch.where(ends, 0, state.survival - weight)
         remainder = torch.where(ends, weight, state.remainder)
-        mixture = None if state.mixture is None else state.mixture + weight[..., None] * signals.h
-        return HaltState(state.halted | ends, survival, weight, remainder, mixture, signals.log_probs)
+        mixture = None if state.mixture is None else state.mixture + weight[..., None] * now.h
+        return HaltState(state.halted | ends, survival, weight, remainder, mixture, now.log_probs)
 
-    def _leaves(self, state: HaltState, signals: Signals, stopping: Tensor, rule: ExitRule | None) -> Tensor:
-        if rule is None:
-            return torch.zeros_like(state.halted)
+    def _leaves(self, state: HaltState, now: Signals, rule: ExitRule, stopping: Tensor) -> Tensor:
         if rule.rule == "cumulative":
             return 1 - (state.survival - stopping) >= rule.threshold
         if rule.rule == "hazard":
             return stopping >= rule.threshold * state.survival
-        return pick(EXIT_TESTS, rule.rule, "exit rule")(signals) < rule.threshold
+        return EXIT_TESTS[rule.rule](now) < rule.threshold

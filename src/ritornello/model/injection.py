@@ -17,7 +17,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class Injection(nn.Module, ABC):
-    """h, e (..., D) -> u (..., D). `rho()` bounds how much of h survives, `gain()` how much of e enters."""
+    """h, e (..., D) -> u (..., D), with ‖u‖ ≤ rho ‖h‖ + gain ‖e‖."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,15 +26,11 @@ class Injection(nn.Module, ABC):
     @abstractmethod
     def forward(self, h: Tensor, e: Tensor) -> Tensor: ...
 
-    @abstractmethod
     def rho(self) -> float:
-        """‖u‖ ≤ rho ‖h‖ + gain ‖e‖."""
+        return 1.0
 
-    @abstractmethod
-    def gain(self) -> float: ...
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initialise the parameters in place."""
+    def gain(self) -> float:
+        return 1.0
 
 
 class LTI(Injection):
@@ -51,13 +47,13 @@ class LTI(Injection):
         self.dt = nn.Parameter(torch.empty(config.dim))
         self.B = nn.Parameter(torch.empty((config.dim, config.dim) if config.injection_matrix else config.dim))
 
+    @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         """softplus(dt) = 1, so that decay_init sets A_log alone and input_init sets B alone."""
-        with torch.no_grad():
-            self.dt.fill_(math.log(math.e - 1))
-            self.A_log.fill_(math.log(math.log(self.rho_max / self.config.decay_init)))
-            size = self.config.input_init
-            self.B.copy_(size * torch.eye(self.config.dim) if self.config.injection_matrix else torch.tensor(size))
+        self.dt.fill_(math.log(math.e - 1))
+        self.A_log.fill_(math.log(math.log(self.rho_max / self.config.decay_init)))
+        self.B.copy_(torch.eye(self.config.dim) if self.config.injection_matrix else torch.ones(()))
+        self.B.mul_(self.config.input_init)
 
     def decay(self) -> Tensor:
         """A: (D,)"""
@@ -90,10 +86,10 @@ class ConcatLinear(Injection):
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(config.dim, 2 * config.dim))
 
+    @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        with torch.no_grad():
-            eye = torch.eye(self.config.dim)
-            self.weight.copy_(torch.cat((self.config.decay_init * eye, self.config.input_init * eye), 1))
+        eye = torch.eye(self.config.dim)
+        self.weight.copy_(torch.cat((self.config.decay_init * eye, self.config.input_init * eye), 1))
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):
@@ -117,21 +113,12 @@ class Add(Injection):
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         return at_least_float32(h) + at_least_float32(e)
 
-    def rho(self) -> float:
-        return 1.0
-
-    def gain(self) -> float:
-        return 1.0
-
 
 class NoInjection(Injection):
     """u = h: the input is seen once, as the initial state."""
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         return at_least_float32(h)
-
-    def rho(self) -> float:
-        return 1.0
 
     def gain(self) -> float:
         return 0.0

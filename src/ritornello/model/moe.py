@@ -44,7 +44,10 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.dim))
         shape = (config.n_loops, config.n_experts) if config.router_bias_per_loop else (config.n_experts,)
-        self.register_buffer("e_score_correction_bias", torch.zeros(shape))
+        self.register_buffer("e_score_correction_bias", torch.empty(shape))
+
+    def reset(self, generator: torch.Generator) -> None:
+        self.e_score_correction_bias.zero_()
 
     def forward(self, x: Tensor, table: Loop) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> indices (B, T, k), weights (B, T, k), scores (B, T, E)."""

@@ -27,20 +27,27 @@ from ritornello.model.halting import ActHead, Halting, Probe, Signals, check_exi
 from ritornello.model.initialize import initialize
 from ritornello.model.injection import INJECTIONS
 from ritornello.model.layers import Layer, Pass
+from ritornello.model.lora import Linear
 from ritornello.model.moe import MixtureOfExperts, Routed
 from ritornello.model.norm import RMSNorm
 from ritornello.model.state import LoopState, Output, Routing
 
 
+def _table(n: int, dim: int) -> nn.Embedding:
+    """An embedding left for `initialize` to draw."""
+    return nn.Embedding(n, dim, _weight=torch.empty(n, dim))
+
+
 @dataclass(frozen=True)
 class Run:
-    """How one recurrence runs; the fields are `forward`'s arguments."""
+    """How one recurrence runs: `forward`'s arguments. `weigh`: note what each loop weighs, exit rule or not."""
 
     depth: Depth
     cache: Cache | None = None
     exit: ExitRule | None = None
     backprop_loops: int = 0
     checkpoint: bool = False
+    weigh: bool = False
 
     def __post_init__(self) -> None:
         aligned = self.cache is None or self.depth.starts is None
@@ -54,7 +61,7 @@ class RecurrentDepthTransformer(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.embed_tokens = nn.ModuleList(nn.Embedding(c.vocab_size, c.dim) for _ in range(c.n_token_tables))
+        self.embed_tokens = nn.ModuleList(_table(c.vocab_size, c.dim) for _ in range(c.n_token_tables))
         layers = [
             Layer(c, layer=i, looped=0 <= i - c.n_prelude_layers < c.n_recurrent_layers) for i in range(c.n_layers)
         ]
@@ -63,12 +70,12 @@ class RecurrentDepthTransformer(nn.Module):
         self.recurrent = nn.ModuleList(layers[c.n_prelude_layers : coda])
         self.coda_layers = nn.ModuleList(layers[coda:])
         self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.head = None if c.tie_embeddings else Linear(c.dim, c.vocab_size)
         if not c.is_plain:
             self.input_norm = RMSNorm(c.dim, c.norm_eps)
             self.injection = INJECTIONS[c.injection](c)
             self.carry = build_carry(c)
-            self.loop_embedding = nn.Embedding(c.n_loops, c.dim) if c.loop_embedding else None
+            self.loop_embedding = _table(c.n_loops, c.dim) if c.loop_embedding else None
             self.loop_embedding_scale = nn.Parameter(torch.empty(())) if c.loop_embedding else None
             self.anchor_norm = RMSNorm(c.dim, c.norm_eps) if c.anchored else None
             self.probe = Probe(c) if c.needs_probe else None
@@ -146,17 +153,17 @@ class RecurrentDepthTransformer(nn.Module):
         """What the layers need to know about the tokens embedded as x (B, T, D); see build_context."""
         return build_context(self.config, x, **options)
 
-    def start(self, e: Tensor, context: Context, rows: Tensor, exit: ExitRule | None = None) -> LoopState:
+    def start(self, e: Tensor, context: Context, rows: Tensor, run: Run) -> LoopState:
         """The state before loop 0 of e (m, T, D), which lies in the given rows (m,) of the batch."""
         h = initial_state(self.config.initial_state, e, context)
         used = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
-        halts = exit is not None or self.halting.head is not None
-        halt = self.halting.start(h, self._predict(h, exit)) if halts else None
+        halts = run.exit is not None or (run.weigh and self.halting.head is not None)
+        halt = self.halting.start(h, self._predict(h, run.exit)) if halts else None
         return LoopState(self.carry.expand(h), used, rows, halt=halt)
 
     def _predict(self, h: Tensor, exit: ExitRule | None) -> Tensor | None:
         """The probe's log-probabilities (m, T, V), where something reads them."""
-        if self.probe is None or not self.halting.needs_predictions(exit):
+        if self.probe is None or not self.halting.reads_predictions(exit):
             return None
         logits = self.logits(self.probe(h))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -178,7 +185,7 @@ class RecurrentDepthTransformer(nn.Module):
                 m = depth.rows(i, e.shape[0])
                 if m > started:
                     new = slice(started, m)
-                    joining = self.start(e[new], context.select(new), rows[new], run.exit)
+                    joining = self.start(e[new], context.select(new), rows[new], run)
                     state, started = joining if state is None else state.join(joining), m
                 assert state is not None
                 state = self._advance(state, e[:m], context if m == len(e) else context.select(slice(m)), i, run)
@@ -199,8 +206,8 @@ class RecurrentDepthTransformer(nn.Module):
         if state.halt is not None:
             merged, before = self.carry.mean(h), self.carry.mean(state.h)
             signals = Signals(merged, before, self._predict(merged, run.exit), state.halt.log_probs)
-            is_last = depth.is_last(iteration, m)
-            halt = self.halting.step(state.halt, signals, loop=loop, running=running, is_last=is_last, rule=run.exit)
+            idle = state.halt.halted if running is None else state.halt.halted | ~running
+            halt = self.halting.step(state.halt, signals, run.exit, loop, idle, depth.is_last(iteration, m))
         if context.capture is not None:
             context.capture.add("h", loop, h)
         used = state.loops_used + (1 if running is None else running.to(torch.int64))
@@ -268,7 +275,8 @@ class RecurrentDepthTransformer(nn.Module):
         out = Output(None, h, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
         if not self.config.is_plain:
             out.trajectory = [] if trajectory else None
-            h = self._recur(h, context, Run(depth, cache, exit, backprop_loops, checkpoint), out)
+            weigh = trajectory or self.config.halting == "act"
+            h = self._recur(h, context, Run(depth, cache, exit, backprop_loops, checkpoint, weigh), out)
         out.hidden = self.coda(h, context, kv)
         if cache is not None:
             cache.commit()
