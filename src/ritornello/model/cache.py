@@ -36,7 +36,7 @@ class Passing(KeyValues):
         if self.previous is not None:
             old = self.previous[layer]
             if self.share_first:
-                first = torch.as_tensor(loop == 0, device=entry.device).view(-1, 1)
+                first = (loop if isinstance(loop, Tensor) else torch.tensor([[loop]], device=entry.device)) == 0
                 running = first if running is None else running & first
             if running is not None:
                 entry = torch.where(running[..., None], entry, old)

@@ -83,14 +83,6 @@ class Context:
         return None if self.documents is None else self.documents >= 0
 
 
-def document_positions(documents: Tensor) -> Tensor:
-    """Positions (B, T) that restart with each run of equal document ids."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(1).values
-
-
 def build_context(
     config: ModelConfig,
     x: Tensor,
@@ -101,7 +93,10 @@ def build_context(
     key: Key | None = None,
     capture: Capture | None = None,
 ) -> Context:
-    """What the layers need to know about the tokens embedded as x (B, T, D), which follow those in `cache`."""
+    """What the layers need to know about the tokens embedded as x (B, T, D), which follow those in `cache`.
+
+    A token's position is the number of tokens before it, in its own document where documents are in use.
+    """
     shape, n_past, past = x.shape[:2], 0, None
     for name, given in (("positions", positions), ("documents", documents)):
         shown = None if given is None else tuple(given.shape)
@@ -109,16 +104,15 @@ def build_context(
     if cache is not None:
         documents = cache.begin(config, (x.shape[0], x.shape[1]), documents)
         n_past, past = cache.length, cache.documents
-    every = documents if past is None or documents is None else torch.cat((past, documents), 1)
-    if positions is None and every is not None:
-        positions = document_positions(every)[:, n_past:]
-    elif positions is None:
-        positions = torch.arange(n_past, n_past + shape[1], device=x.device).expand(shape)
     mask = None
     if documents is not None or (n_past and shape[1] > 1):
         mask = torch.ones(shape[1], n_past + shape[1], dtype=torch.bool, device=x.device).tril(n_past)[None, None]
-        if documents is not None and every is not None:
-            mask = mask & (documents[:, None, :, None] == every[:, None, None, :])
+    if documents is not None and mask is not None:
+        every = documents if past is None else torch.cat((past, documents), 1)
+        mask = mask & (documents[:, None, :, None] == every[:, None, None, :])
+        positions = mask.sum(-1)[:, 0] - 1 if positions is None else positions
+    if positions is None:
+        positions = torch.arange(n_past, n_past + shape[1], device=x.device).expand(shape)
     rope = None
     if config.positions == "rope":
         dtype = torch.promote_types(x.dtype, torch.float32)

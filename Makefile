@@ -1,0 +1,45 @@
+# Everything runs from a fresh clone: the first target that needs it creates .venv and installs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNTIME := .venv/.runtime-installed
+DEV := .venv/.dev-installed
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.PHONY: install demo test test-all check format clean
+
+install: $(DEV)
+
+# torch on its own and first: an open range could resolve to a build for another device, of several gigabytes.
+$(RUNTIME): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	touch $@
+
+$(DEV): $(RUNTIME)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(RUNTIME)
+	$(BIN)/ritornello demo
+
+test: $(DEV)
+	$(PYTEST)
+
+test-all: $(DEV)
+	$(PYTEST) -m ''
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/line_budget.py
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,70 @@
+"""ritornello generate"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, get_args
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from ritornello.commands import INTEGER, REAL, Command, option
+from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Command):
+    """Continue a text with a trained model, at any number of loops."""
+
+    path: Annotated[Positional[Path], arg(metavar="RUN", help="A run's directory, or one of its checkpoints.")]
+    prompt: Annotated[str, arg(metavar="TEXT", help="What to continue.")]
+    loops: Annotated[int | None, INTEGER, option("Depth; with --exit the most it may reach.")] = None
+    exit: Annotated[str | None, option("Stop early: hazard, cumulative, kl, delta, entropy.", metavar="RULE")] = None
+    exit_threshold: Annotated[float | None, REAL, option("When --exit stops; each rule has its own.")] = None
+    min_loops: Annotated[int, INTEGER, option("--exit never stops before.")] = 1
+    max_tokens: Annotated[int, INTEGER, option("Tokens to write at most.")] = 256
+    temperature: Annotated[float, REAL, option("0 always takes the likeliest token.")] = 0.8
+    top_k: Annotated[int | None, INTEGER, option("Sample from the N likeliest tokens.")] = None
+    top_p: Annotated[float | None, REAL, option("Sample from the likeliest tokens that sum to N.")] = None
+    min_p: Annotated[float | None, REAL, option("Drop tokens below N times the likeliest.")] = None
+    seed: Annotated[int, INTEGER, option("The same seed writes the same text.")] = 0
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="End before this text.")] = ()
+    device: Annotated[str, option("auto, cuda, mps or cpu.", metavar="NAME")] = "auto"
+    no_stream: Annotated[bool, option("Print when all is written, not as it is.")] = False
+
+    def run(self) -> None:
+        exit_rule = self.exit_rule()
+        if self.loops is not None:
+            require_int("--loops", self.loops, 1, MAX_LOOPS)
+
+        from ritornello.engine.generate import load, stream
+
+        loaded = load(self.path, device=self.device)
+        pieces = stream(
+            loaded.model,
+            loaded.tokenizer,
+            self.prompt,
+            max_tokens=self.max_tokens,
+            n_loops=self.loops,
+            exit=exit_rule,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+            stop=self.stop,
+        )
+        for piece in ["".join(pieces)] if self.no_stream else pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+
+    def exit_rule(self) -> ExitRule | None:
+        """None forces the depth."""
+        if self.exit is None:
+            require(self.min_loops == 1, "--min-loops", self.min_loops, "used with --exit RULE")
+            require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, "used with --exit RULE")
+            return None
+        require_choice("--exit", self.exit, get_args(ExitName))
+        rule: ExitName = self.exit  # type: ignore[assignment]
+        threshold = DEFAULT_THRESHOLDS[rule] if self.exit_threshold is None else self.exit_threshold
+        return ExitRule(rule, threshold, self.min_loops)

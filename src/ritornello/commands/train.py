@@ -1,0 +1,65 @@
+"""ritornello train"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from ritornello.commands import Command, option
+from ritornello.config import require
+from ritornello.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train a model as a recipe says. Metrics and checkpoints go to the run's directory."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help="The name of a shipped recipe, or a TOML file.")]
+    out: Annotated[Path | None, option("The run's directory. Default: runs/NAME.", metavar="DIR")] = None
+    set: Annotated[
+        UseAppendAction[tuple[tuple[str, ...], ...]],
+        arg(metavar="KEY=VALUE", help="Replace a setting, for example train.lr=1e-3."),
+    ] = ()
+    resume: Annotated[bool, option("Continue the run from its last checkpoint.")] = False
+    other_data: Annotated[bool, option("Resume although the data or the tokenizer changed.")] = False
+    device: Annotated[str, option("auto, cuda, mps or cpu.", metavar="NAME")] = "auto"
+
+    def run(self) -> None:
+        from ritornello import recipes
+
+        mapping = recipes.read_toml(recipes.find(self.recipe))
+        recipe = recipes.from_mapping(recipes.apply_sets(mapping, [item for group in self.set for item in group]))
+        out = self.out or _default_out(recipe.name)
+        check_output(out, resume=self.resume)
+
+        from ritornello.device import fallbacks, pick_device
+        from ritornello.train.trainer import train
+
+        with Progress(recipe.train.steps, quiet=self.common.quiet) as progress:
+            for said in fallbacks(pick_device(self.device)):
+                progress.note(said)
+            train(
+                recipe,
+                out=out,
+                resume=self.resume,
+                device=self.device,
+                observer=progress,
+                data_progress=progress.stage,
+                offline=self.common.offline,
+                other_data=self.other_data,
+            )
+        print(out)
+
+
+def _default_out(name: str) -> Path:
+    plain = Path(name).name == name and name not in ("", "..")
+    require(plain, "name", name, "a plain name, without folders", "--out chooses another place")
+    return Path("runs", name)
+
+
+def check_output(out: Path, *, resume: bool) -> None:
+    """Refuse to mix a new run with what is already in its directory."""
+    require(not out.exists() or out.is_dir(), "--out", str(out), "a directory or a new name")
+    used = out.is_dir() and any(out.iterdir())
+    require(resume or not used, "--out", str(out), "empty or new", "--resume continues the run that is there")

@@ -1,0 +1,38 @@
+"""Where a run happens: CUDA, Apple's MPS or the CPU, chosen in this order."""
+
+import torch
+
+from ritornello.config import require, require_choice
+
+
+def available() -> tuple[str, ...]:
+    """Kinds of device present, the preferred one first; the CPU always is."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return tuple(name for name, found in present.items() if found)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "auto" (the first available), "cuda", "cuda:1", "mps" or "cpu".
+
+    Raises:
+        ValueError: no such device here. A device that was asked for is never replaced by another.
+    """
+    kind, colon, index = name.partition(":")
+    require_choice("device", kind, ("auto", *available()))
+    if not colon:
+        return torch.device(available()[0] if kind == "auto" else kind)
+    n_devices = torch.cuda.device_count() if kind == "cuda" else 0
+    ok = index.isdecimal() and int(index) < n_devices
+    require(ok, "device", name, f"{kind}, with an index only for cuda (0 to {n_devices - 1})" if n_devices else kind)
+    return torch.device(kind, int(index))
+
+
+def fallbacks(device: torch.device) -> tuple[str, ...]:
+    """What runs differently on `device` than on CUDA, in words for the user; nothing falls back unsaid."""
+    if device.type == "cuda":
+        return ()
+    found = "no CUDA device found" if "cuda" not in available() else "CUDA is present but was not chosen"
+    said = [f"{found}: running on {device.type}", "experts: batched matmuls padded to the fullest expert, not grouped"]
+    if device.type == "mps":
+        said.append("float64: not available on mps")
+    return tuple(said)

@@ -1,0 +1,327 @@
+"""A checkpoint is a directory that is complete and verified, or does not exist.
+
+    runs/<name>/checkpoints/step_000500/
+        model.safetensors  config.json  tokenizer.json      all that generation needs
+        optimizer.safetensors  state.json                   what training continues from
+        manifest.json                                       sizes and sha256 of the others, written last
+
+Tensors become bytes first, then every byte goes through `files`. Reading trusts nothing: no pickle, no code, no index,
+and every damage is a `ValueError` that names the file.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ritornello import recipes
+from ritornello.config import Recipe, require_int
+from ritornello.train import files, tensors
+
+FORMAT = 1
+MAX_TOKENIZER = 100_000_000  # bytes
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+CONFIG, TOKENIZER, STATE, MANIFEST = "config.json", "tokenizer.json", "state.json", "manifest.json"
+CONTENTS = {MODEL, OPTIMIZER, CONFIG, TOKENIZER, STATE}
+
+Scalar = int | float | bool | str | None
+OptimizerState = Mapping[str, Tensor | Scalar]
+logger = logging.getLogger("ritornello")
+
+
+class NewerFormatError(ValueError):
+    """The checkpoint was written by a later version: nothing is wrong with it, so nothing may fall back from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    format: int
+    step: int
+    fingerprint: str  # of the data
+    versions: dict[str, str]
+    git_commit: str | None
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a verified directory holds; `training_state` reads the rest of it."""
+
+    directory: Path
+    manifest: Manifest
+    recipe: Recipe
+    tokenizer_json: str
+    model_state: dict[str, Tensor]
+
+
+def save(
+    run_dir: str | Path,
+    *,
+    step: int,
+    model_state: Mapping[str, Tensor],
+    recipe: Recipe,
+    tokenizer_json: str,
+    optimizer_state: OptimizerState,
+    trainer_state: Mapping[str, Any],
+    fingerprint: str,
+    keep: int = 2,
+) -> Path:
+    """Write `run_dir`/checkpoints/step_<step>, then remove all but the newest `keep` valid ones; returns its path.
+
+    The caller holds `files.lock(run_dir)`. The snapshot is complete when this returns. `trainer_state` is plain JSON.
+
+    Raises:
+        OSError: the path and the bytes needed; the earlier checkpoints are intact and nothing temporary is left.
+        ValueError: a weight is not finite.
+    """
+    require_int("keep", keep, 2)
+    tensors.require_finite(model_state, MODEL)
+    scalars = {name: value for name, value in optimizer_state.items() if not isinstance(value, Tensor)}
+    state = json.dumps({"optimizer": scalars, "trainer": trainer_state}, indent=2, allow_nan=False)
+    assert json.loads(state)["trainer"] == trainer_state, "trainer_state must survive JSON: no tuples, keys are strings"
+    contents = {
+        MODEL: tensors.pack(model_state),
+        OPTIMIZER: tensors.pack({name: value for name, value in optimizer_state.items() if isinstance(value, Tensor)}),
+        CONFIG: recipes.to_json(recipe).encode(),
+        TOKENIZER: tokenizer_json.encode(),
+        STATE: state.encode(),
+    }
+    manifest = Manifest(
+        format=FORMAT,
+        step=step,
+        fingerprint=fingerprint,
+        versions=_versions(),
+        git_commit=_git_commit(),
+        files={name: FileRecord(size=len(data), sha256=_sha256(data)) for name, data in contents.items()},
+    )
+    directory = Path(run_dir, "checkpoints", f"step_{step:06d}")
+    if not _holds(directory, manifest):
+        _write(directory, contents | {MANIFEST: _render(asdict(manifest))})
+    _purge(directory, keep)
+    return directory
+
+
+def verify(directory: str | Path) -> Manifest:
+    """The manifest of a checkpoint whose every file is as it was written, else a `ValueError` that names the file."""
+    directory = Path(directory)
+    source = directory / MANIFEST
+    text = recipes.read_text(source)
+    body = recipes.parse_json(text, source)
+    if not isinstance(body, dict) or _render({k: v for k, v in body.items() if k != "checksum"}) != text.encode():
+        raise ValueError(f"{source}: damaged: its checksum differs")
+    if isinstance(body.get("format"), int) and body["format"] > FORMAT:
+        advice = "upgrade with pip install -U ritornello"
+        raise NewerFormatError(f"{source}: format {body['format']} is newer than this version's {FORMAT}; {advice}")
+    try:
+        manifest = recipes.validated(Manifest, body)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    if manifest.format != FORMAT or manifest.files.keys() != CONTENTS:
+        raise ValueError(f"{source}: must list the files {', '.join(sorted(CONTENTS))} in format {FORMAT}")
+    for name, record in manifest.files.items():
+        _verify_file(directory / name, record)
+    return manifest
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest valid checkpoint of a run; damaged ones are skipped with a warning that names the file."""
+    return next(_valid(_directories(Path(run_dir, "checkpoints"))), None)
+
+
+def load(run_or_checkpoint: str | Path) -> Checkpoint:
+    """The newest checkpoint of a run directory, or the one of a checkpoint directory, verified."""
+    path = Path(run_or_checkpoint)
+    if not path.is_dir():
+        raise ValueError(f"{path}: " + ("not a directory" if path.exists() else "no such run or checkpoint"))
+    is_checkpoint = (path / MANIFEST).exists() or _step(path) is not None
+    directory = path if is_checkpoint else latest(path)
+    if directory is None:
+        raise ValueError(f"{path}: no valid checkpoint in it")
+    manifest = verify(directory)
+    model_state = tensors.read(directory / MODEL)
+    tensors.require_finite(model_state, directory / MODEL)
+    try:
+        recipe = recipes.from_json(recipes.read_text(directory / CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from None
+    return Checkpoint(
+        directory=directory,
+        manifest=manifest,
+        recipe=recipe,
+        tokenizer_json=recipes.read_text(directory / TOKENIZER, max_bytes=MAX_TOKENIZER),
+        model_state=model_state,
+    )
+
+
+def training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor | Scalar], dict[str, Any]]:
+    """The `optimizer_state` and `trainer_state` that `save` was given."""
+    source = checkpoint.directory / STATE
+    state = recipes.parse_json(recipes.read_text(source), source)
+    match state:
+        case {"optimizer": dict(scalars), "trainer": dict(trainer)}:
+            return {**tensors.read(checkpoint.directory / OPTIMIZER), **scalars}, trainer
+    raise ValueError(f"{source}: must hold an optimizer's and a trainer's state")
+
+
+def flatten_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor | Scalar]:
+    """Every state of every optimizer by "<optimizer class>/<parameter name>/<key>".
+
+    Rates and other options are not state here: the recipe defines them, for any step.
+    """
+    return {
+        f"{owner}/{key}": value
+        for owner, (optimizer, _, parameter) in _owners(optimizers, model).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, state: OptimizerState) -> None:
+    """Put back what `flatten_optimizers` returned, bit for bit, whatever the order of the groups.
+
+    `load_state_dict` would go by position and cast to the parameter's dtype. Nothing is changed if anything is wrong.
+    """
+    owners = _owners(optimizers, model)
+    unknown = [name for name in state if name.rpartition("/")[0] not in owners]
+    wrong = [
+        name
+        for name, value in state.items()
+        if name not in unknown and isinstance(value, Tensor) and value.ndim
+        if value.shape != owners[name.rpartition("/")[0]][2].shape
+    ]
+    if unknown or wrong:
+        problems = filter(None, [tensors.listed("no such parameter", unknown), tensors.listed("wrong shape", wrong)])
+        raise ValueError(f"{OPTIMIZER}: {'; '.join(problems)}; is the recipe another one?")
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for name, value in state.items():
+        owner, _, key = name.rpartition("/")
+        optimizer, group, parameter = owners[owner]
+        if isinstance(value, Tensor):  # torch keeps step counters on the CPU unless the kernel reads them
+            on_device = value.ndim > 0 or group.get("fused") or group.get("capturable")
+            value = value.to(parameter.device if on_device else "cpu", copy=True)
+        optimizer.state[parameter][key] = value
+
+
+def _owners(
+    optimizers: Sequence[Optimizer], model: nn.Module
+) -> dict[str, tuple[Optimizer, dict[str, Any], nn.Parameter]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{type(optimizer).__name__}/{names[parameter]}": (optimizer, group, parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def _write(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Publish `contents` as `directory`, the manifest written last; what it was before is replaced."""
+    parent = directory.parent
+    files.make_directory(parent)
+    for stale in parent.glob(f"{files.TEMPORARY}*"):  # of a killed process: this one holds the lock
+        files.remove_tree(stale)
+    files.require_space(parent, sum(map(len, contents.values())))
+    with files.create_directory(directory) as temporary:
+        for name, data in contents.items():
+            files.write_atomic(temporary / name, data)
+
+
+def _holds(directory: Path, manifest: Manifest) -> bool:
+    """Whether `directory` is this very checkpoint: replacing it would be the one moment without it."""
+    try:
+        return directory.exists() and verify(directory) == manifest
+    except ValueError:
+        return False
+
+
+def _purge(saved: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` valid checkpoints. `saved` is kept, even if later steps exist."""
+    found = _directories(saved.parent)
+    if len(found) <= keep:
+        return
+    kept = list(islice(_valid(found), keep))
+    for directory in found[found.index(kept[-1]) + 1 :] if len(kept) == keep else []:
+        try:
+            if directory != saved:
+                files.remove_tree(directory)
+        except OSError as error:  # the new checkpoint is safe; the next save tries again
+            logger.warning("an old checkpoint stays: %s", error)
+
+
+def _directories(checkpoints: Path) -> list[Path]:
+    """Every checkpoint by name, newest first, valid or not."""
+    found = [path for path in checkpoints.glob("step_*") if _step(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: _step(path) or 0, reverse=True)
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r"step_(\d{6,18})", path.name)
+    return int(match[1]) if match else None
+
+
+def _valid(directories: Iterable[Path]) -> Iterator[Path]:
+    for directory in directories:
+        try:
+            verify(directory)
+        except NewerFormatError:
+            raise
+        except ValueError as error:
+            logger.warning("checkpoint skipped: %s", error)
+        else:
+            yield directory
+
+
+def _verify_file(path: Path, record: FileRecord) -> None:
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path}: " + ("missing" if not path.exists() else "not a regular file of this directory"))
+        size = path.stat().st_size
+        if size != record.size:
+            raise ValueError(f"{path}: damaged: {size} bytes instead of {record.size}")
+        with path.open("rb") as source:
+            if hashlib.file_digest(source, "sha256").hexdigest() != record.sha256:
+                raise ValueError(f"{path}: damaged: its sha256 differs from the manifest's")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _render(body: Mapping[str, Any]) -> bytes:
+    """The bytes of a manifest: one form only, closed by a checksum of the rest, so that any change of it shows too."""
+    checksum = _sha256(json.dumps(body).encode())
+    return (json.dumps({**body, "checksum": checksum}, indent=2) + "\n").encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: metadata.version(name) for name in ("ritornello", "torch", "safetensors")}
+    return {**packages, "python": platform.python_version()}
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that the process runs in, if it runs in one."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None

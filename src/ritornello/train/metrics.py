@@ -1,0 +1,76 @@
+"""The metrics of a run: one JSON object a line, each with the `step` after which it was measured."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ritornello.train import files
+
+NAME = "metrics.jsonl"
+TIMING = frozenset({"tok_per_s"})  # what differs between two runs of one recipe
+
+
+class Observer(Protocol):
+    """Whoever watches a run."""
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class MetricsFile:
+    """The file of `run_dir`. Opening it for a run with `step` steps done drops what later steps had written."""
+
+    def __init__(self, run_dir: Path, *, step: int) -> None:
+        self.path = run_dir / NAME
+        if self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            files.write_atomic(self.path, b"".join(line for line in lines if _step(line) <= step))
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises ArithmeticError naming what is not finite: the weights are lost, the last checkpoint is not."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise ArithmeticError(f"step {step}: {', '.join(bad)} not finite: the run has diverged; lower train.lr")
+        files.append(self.path, json.dumps({"step": step, **metrics}, allow_nan=False).encode() + b"\n")
+
+
+class TensorBoard:
+    """The same figures for TensorBoard, under `run_dir`/tensorboard."""
+
+    def __init__(self, run_dir: Path, *, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            remedy = "pip install 'ritornello[tensorboard]'"
+            raise ValueError(f"train.tensorboard = True: needs the package tensorboard; {remedy}") from error
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+def read(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Every line of a run's metrics, in order; none if nothing was measured yet."""
+    path = Path(run_dir, NAME)
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def to_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """All values as floats, waiting for the device once."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.detach().float() for value in tensors.values()]).tolist() if tensors else []
+    return {**metrics, **dict(zip(tensors, values, strict=True))}  # pyrefly: ignore
+
+
+def _step(line: bytes) -> float:
+    """A line that a kill cut short belongs to no step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

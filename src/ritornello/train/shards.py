@@ -1,0 +1,254 @@
+"""Tokenised text on disk: one memory-mapped array of ids per split, and where its documents begin.
+
+```
+train.tokens  validation.tokens     ids, little-endian uint16 (uint32 above 65,536), each document closed by its eos id
+train.offsets validation.offsets    first token of each document and the total, little-endian int64
+tokenizer.json  meta.json           meta.json, with sizes and sha256 of everything, is written last
+```
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ritornello.config import require, require_choice, require_int
+from ritornello.train import files
+from ritornello.train.corpus import Corpus, Document, require_unchanged, stamp
+from ritornello.train.tokenizer import Tokenizer, from_json
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+DTYPES = ("<u2", "<u4")
+BATCH = 4 << 20  # bytes tokenised at a time
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The ids of one split, and what is needed to read them safely while the run lasts."""
+
+    path: Path  # of the ids
+    tokens: np.ndarray  # (n_tokens,) memory-mapped
+    offsets: np.ndarray  # (n_documents + 1,) int64, memory-mapped
+    byte_lengths: np.ndarray  # (vocab_size,) int64: bytes of text per id; 0 for the end of a document
+    n_bytes: int  # of text
+    before: tuple[int, int, int]  # the `stamp` of the file when it was opened
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def eos_id(self) -> int:
+        return len(self.byte_lengths) - 1
+
+    def read(self, at: np.ndarray) -> np.ndarray:
+        """Ids (int64) at the places `at`. Raises ValueError if the file changed since it was opened."""
+        require_unchanged(self.path, self.before)  # reading past a shortened file would end the process
+        ids = self.tokens[at].astype(np.int64)
+        if (ids > self.eos_id).any():
+            _require_ids(ids.ravel(), at.ravel(), self.eos_id, self.path)
+        return ids
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A tokenised corpus. `fingerprint` covers every id, the documents' places and the tokenizer."""
+
+    directory: Path
+    train: Split
+    validation: Split
+    tokenizer: Tokenizer
+    fingerprint: str
+    corpus_fingerprint: str  # of the files it was made from
+    held_out: tuple[str, ...]  # packages or text files that are validation text
+
+
+@dataclass(eq=False)
+class _SplitWriter:
+    out: files.Writer
+    dtype: np.dtype
+    eos_id: int
+    offsets: array = field(default_factory=lambda: array("q", [0]))
+    digest: Any = field(default_factory=hashlib.sha256)
+    waiting: list[np.ndarray] = field(default_factory=list)
+    n_tokens: int = 0
+    n_bytes: int = 0
+
+    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+        self.waiting.append(ids.astype(self.dtype))
+        self.n_tokens += len(ids)
+        self.n_bytes += n_bytes
+
+    def end_document(self) -> None:
+        if self.n_tokens > self.offsets[-1]:  # a document without text has nothing to predict
+            self.add(np.array([self.eos_id]), 0)
+            self.offsets.append(self.n_tokens)
+
+    def flush(self) -> None:
+        data = np.concatenate([*self.waiting, np.empty(0, self.dtype)]).tobytes()
+        self.digest.update(data)
+        self.out.write(data)
+        self.waiting.clear()
+
+
+def build(corpus: Corpus, tokenizer: Tokenizer, directory: Path, progress: Progress | None = None) -> None:
+    """Tokenise `corpus` into `directory`, which exists. Equal input gives equal files, byte for byte.
+
+    Memory: a few times BATCH, and 8 bytes a document.
+
+    Raises:
+        ValueError: a split without text, or a file that changed while it was read.
+    """
+    dtype = np.dtype(DTYPES[tokenizer.vocab_size > 1 << 16])
+    with ExitStack() as stack:
+        outs = [stack.enter_context(files.create(directory / f"{name}.tokens")) for name in SPLITS]
+        writers = [_SplitWriter(out, dtype, tokenizer.eos_id) for out in outs]
+        _tokenise(corpus, tokenizer, writers, progress)
+    for path, before in corpus.files.items():
+        require_unchanged(path, before)
+    for name, writer in zip(SPLITS, writers, strict=True):
+        n = sum(len(other.offsets) - 1 for other in writers)
+        remedy = "give more text, or change data.validation_fraction"
+        require(len(writer.offsets) > 1, f"documents with text in {name}", 0, f"at least 1 of {n}", remedy)
+        files.write_atomic(directory / f"{name}.offsets", _offsets(writer))
+    files.write_atomic(directory / "tokenizer.json", tokenizer.to_json().encode())
+    files.write_atomic(directory / "meta.json", _meta(corpus, tokenizer, writers))
+
+
+def _tokenise(corpus: Corpus, tokenizer: Tokenizer, writers: list[_SplitWriter], progress: Progress | None) -> None:
+    done = 0
+    for batch in _batches(corpus.documents()):
+        texts = [piece for _, piece in batch if piece is not None]
+        ids = iter(tokenizer.encode_batch(texts))
+        for validation, piece in batch:
+            if piece is None:
+                writers[validation].end_document()
+            else:
+                writers[validation].add(next(ids), len(piece))
+        for writer in writers:
+            writer.flush()
+        done += sum(map(len, texts))
+        if progress:
+            progress("tokenise", done, corpus.n_bytes)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[tuple[bool, bytes | None]]]:
+    """(is validation, piece) of all documents in order, None where one ends, in lists of about BATCH bytes."""
+    batch: list[tuple[bool, bytes | None]] = []
+    size = 0
+    for document in documents:
+        for piece in chain(document.pieces, [None]):
+            batch.append((document.validation, piece))
+            size += 1 + len(piece or b"")
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def _offsets(writer: _SplitWriter) -> bytes:
+    return np.asarray(writer.offsets, dtype="<i8").tobytes()
+
+
+def _meta(corpus: Corpus, tokenizer: Tokenizer, writers: list[_SplitWriter]) -> bytes:
+    splits = {}
+    for name, writer in zip(SPLITS, writers, strict=True):
+        splits[name] = {
+            "n_tokens": writer.n_tokens,
+            "n_documents": len(writer.offsets) - 1,
+            "n_bytes": writer.n_bytes,
+            "tokens_sha256": writer.digest.hexdigest(),
+            "offsets_sha256": hashlib.sha256(_offsets(writer)).hexdigest(),
+        }
+    meta = {
+        "format": FORMAT,
+        "dtype": writers[0].dtype.str,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+        "splits": splits,
+    }
+    origin = {"fingerprint": _fingerprint(meta), "corpus": corpus.fingerprint, "held_out": corpus.held_out}
+    return json.dumps(meta | origin, indent=1).encode()
+
+
+def _fingerprint(meta: dict[str, Any]) -> str:
+    known = {key: meta[key] for key in ("format", "dtype", "vocab_size", "tokenizer_sha256", "splits")}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def open_shards(directory: Path, *, verify: bool = True) -> Dataset:
+    """Map what `build` wrote. `verify` reads all of it once: every id is checked, and every sha256.
+
+    Raises:
+        ValueError: missing, truncated, of another dtype, changed, or an id outside the vocabulary (its place named).
+    """
+    try:
+        meta = json.loads((directory / "meta.json").read_bytes())
+        text = (directory / "tokenizer.json").read_bytes()
+        require_int("format", meta["format"], 1, FORMAT)
+        require_choice("dtype", meta["dtype"], DTYPES)
+        _require_digest(directory / "meta.json", _fingerprint(meta), meta["fingerprint"])
+        _require_digest(directory / "tokenizer.json", hashlib.sha256(text).hexdigest(), meta["tokenizer_sha256"])
+        tokenizer = from_json(text.decode())
+        train, validation = (_open_split(directory, name, meta, tokenizer, verify) for name in SPLITS)
+        origin = meta["fingerprint"], meta["corpus"], tuple(meta["held_out"])
+        return Dataset(directory, train, validation, tokenizer, *origin)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        message = f"tokenised data {str(directory)!r}: must be complete and unchanged; {reason}"
+        raise ValueError(f"{message}; remove it to tokenise again") from error
+
+
+def _open_split(directory: Path, name: str, meta: dict[str, Any], tokenizer: Tokenizer, verify: bool) -> Split:
+    known = meta["splits"][name]
+    path, index = directory / f"{name}.tokens", directory / f"{name}.offsets"
+    before = stamp(path)
+    tokens = _map(path, np.dtype(meta["dtype"]), known["n_tokens"])
+    offsets = _map(index, np.dtype("<i8"), known["n_documents"] + 1)
+    if verify:
+        _require_digest(path, _scan(path, tokens.dtype, tokenizer.eos_id), known["tokens_sha256"])
+        _require_digest(index, hashlib.sha256(index.read_bytes()).hexdigest(), known["offsets_sha256"])
+    return Split(path, tokens, offsets, tokenizer.byte_lengths, known["n_bytes"], before)
+
+
+def _map(path: Path, dtype: np.dtype, n: int) -> np.ndarray:
+    size, expected = path.stat().st_size, n * dtype.itemsize
+    allowed = f"{expected} bytes, {n} numbers of type {dtype.str}"
+    require(size == expected, f"size of {path.name}", size, allowed, "it is truncated or of another type")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _scan(path: Path, dtype: np.dtype, largest: int) -> str:
+    """Check every id; the sha256. Read, not mapped: a scan should not fill the memory."""
+    digest, start = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while data := stream.read(BATCH):
+            ids = np.frombuffer(data, dtype=dtype)
+            _require_ids(ids, np.arange(start, start + len(ids)), largest, path)
+            digest.update(data)
+            start += len(ids)
+    return digest.hexdigest()
+
+
+def _require_ids(ids: np.ndarray, places: np.ndarray, largest: int, path: Path) -> None:
+    if ids.max(initial=0) > largest:
+        first = int((ids > largest).argmax())
+        name = f"{path.name} at offset {places[first]}: token id"
+        require(False, name, int(ids[first]), f"in [0, {largest}], the vocabulary of its tokenizer")
+
+
+def _require_digest(path: Path, found: str, expected: str) -> None:
+    require(found == expected, f"sha256 of {path.name}", found, expected, "its content changed after it was written")

@@ -1,0 +1,165 @@
+"""One optimizer step. The host waits for the device once, to learn that all is finite before anything changes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ritornello.config import TrainConfig
+from ritornello.model.context import Key
+from ritornello.model.depth import Depth
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import depth, losses
+from ritornello.train.data import Batch
+from ritornello.train.optim import set_learning_rate
+from ritornello.train.schedule import learning_rate_scale, router_bias_rate
+
+PROBE_STREAM = 1  # of the host's random numbers; 0 draws the depths
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite; neither parameters nor optimizers changed."""
+
+    def __init__(self, step: int, sequences: NDArray[np.int64]) -> None:
+        self.step, self.sequences = step, sequences.tolist()
+        ids = ", ".join(map(str, self.sequences))
+        super().__init__(
+            f"step {step}: the loss or a gradient is not finite; nothing was updated; "
+            f"lower train.lr, or look at sequences {ids}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A global batch with the depth of each sequence, and what its micro-batches are measured against."""
+
+    batch: Batch
+    counts: depth.Counts  # (B,), or (B, T) by token
+    documents: NDArray[np.int64] | None  # None: every row is one document without padding
+    key: tuple[int, int]  # seed, step
+    probe: int  # the state that the exit probe is fitted on, counted from the last
+    loops: NDArray[np.int64]  # (B,) loops with a gradient
+
+    @staticmethod
+    def of(batch: Batch, train: TrainConfig, step: int) -> "Plan":
+        documents = batch.documents if (batch.documents != batch.documents[:, :1]).any() else None
+        counts = depth.sample(train, step=step, n_sequences=len(batch.tokens), documents=documents)
+        probe = int(depth.generator(train.seed, step, PROBE_STREAM).integers(counts.max()))
+        loops = counts if counts.ndim == 1 else counts.max(axis=1)
+        loops = np.minimum(loops, train.backprop_loops or loops)
+        return Plan(batch, counts, documents, (train.seed, step), probe, loops)
+
+    def shares(self, rows: slice) -> losses.Shares:
+        real, targets = self.batch.documents >= 0, self.batch.labels != losses.NO_LABEL
+        n_targets = max(1, int(targets.sum()))
+        by_token = self.counts if self.counts.ndim == 2 else self.counts[:, None]
+        n_states = max(1, int((by_token * targets).sum()))
+        return losses.Shares(
+            n_targets=n_targets,
+            tokens=float(real[rows].sum() / real.sum()),
+            loops=float(self.loops[rows].sum() / self.loops.sum()),
+            probe=self.probe,
+            probe_scale=float(self.counts.max()) * n_targets / n_states,
+        )
+
+
+def train_step(
+    model: RecurrentDepthTransformer,
+    optimizers: Sequence[Optimizer],
+    batch: Batch,
+    *,
+    train: TrainConfig,
+    step: int,
+) -> dict[str, Tensor | float]:
+    """Update `model` in place from one global batch; `step` counts from 0.
+
+    Returns metrics, some still on the device: `loss` in nats per token, every auxiliary loss by name, `grad_norm`
+    before clipping, `lr`, `mean_loops`, and of the router `router_violation`, `router_entropy`.
+
+    Raises:
+        NonFiniteError: before any parameter, buffer or optimizer state changed.
+    """
+    scale = learning_rate_scale(train, step)
+    set_learning_rate(optimizers, scale)
+    for parameter in model.parameters():
+        parameter.grad = None
+    plan = Plan.of(batch, train, step)
+    terms, load = accumulate(model, plan, train)
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
+    if not torch.isfinite(torch.stack([norm.float(), *terms.values()])).all():
+        raise NonFiniteError(step, batch.indices)
+    for optimizer in optimizers:
+        optimizer.step()
+    rate = router_bias_rate(train, step)
+    if load is not None and rate:
+        model.update_router_bias(load, rate=rate, min_tokens=train.router_bias_min_tokens)
+    metrics: dict[str, Tensor | float] = {"loss": terms.pop("next_token"), "lr": train.lr * scale, "grad_norm": norm}
+    if not model.config.is_plain:
+        metrics["mean_loops"] = float(plan.counts.mean())
+    return metrics | terms | (router_metrics(load) if load is not None else {})
+
+
+def accumulate(
+    model: RecurrentDepthTransformer, plan: Plan, train: TrainConfig
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Add up the gradients of all micro-batches; returns the loss terms and the experts' load (n_loops, R, E)."""
+    table = losses.weights(model.config, train)
+    terms: dict[str, Tensor] = {}
+    load = None
+    for rows in _slices(len(plan.batch.tokens), train.microbatch_size):
+        micro_terms, micro_load = _micro_step(model, plan, train, rows, table)
+        terms = {name: terms[name] + value if terms else value for name, value in micro_terms.items()}
+        load = micro_load if load is None or micro_load is None else load + micro_load
+    return terms, load
+
+
+def _micro_step(
+    model: RecurrentDepthTransformer, plan: Plan, train: TrainConfig, rows: slice, table: dict[str, float]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    device = model.norm.weight.device
+    tokens, labels, sequences = (
+        to_device(array[rows], device) for array in (plan.batch.tokens, plan.batch.labels, plan.batch.indices)
+    )
+    documents = None if plan.documents is None else to_device(plan.documents[rows], device)
+    key = Key(*plan.key, sequences)
+    with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+        out = model(
+            tokens,
+            n_loops=Depth.right_aligned(plan.counts[rows]),
+            documents=documents,
+            backprop_loops=train.backprop_loops,
+            checkpoint=train.checkpoint_activations,
+            key=key,
+            trajectory=losses.needs_trajectory(table),
+            return_logits=False,
+        )
+        shares = plan.shares(rows)
+        x = losses.Inputs(model=model, train=train, labels=labels, documents=documents, key=key, out=out, shares=shares)
+        total, terms = losses.total_loss(x, table)
+    total.backward()
+    return terms, None if out.routing is None else out.routing.load
+
+
+def router_metrics(load: Tensor) -> dict[str, Tensor | float]:
+    """How evenly experts are used over all loops: by layer the largest load ÷ the mean − 1, and entropy ÷ ln E."""
+    share = load.sum(0).float()
+    share = share / share.sum(-1, keepdim=True)
+    n_experts = load.shape[-1]
+    entropy = torch.special.entr(share).sum(-1) / max(np.log(n_experts), 1e-9)
+    return {"router_violation": share.amax(-1).max() * n_experts - 1, "router_entropy": entropy.min()}
+
+
+def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Copied without waiting for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    size = size or n
+    return (slice(start, start + size) for start in range(0, n, size))

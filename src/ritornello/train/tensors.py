@@ -1,0 +1,97 @@
+"""Named tensors as the bytes of a safetensors file, and back without trusting a byte of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ritornello import recipes
+from ritornello.config import shown
+
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file. Names of one and the same tensor (tied weights) are stored once and tied again by `read`."""
+    owners: dict[object, str] = {}
+    storages: set[int] = set()
+    unique: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        owner = owners.setdefault(view if tensor.numel() else name, name)
+        if owner != name:
+            tied[name] = owner
+            continue
+        unique[name] = tensor.detach().cpu().contiguous()
+        storage = unique[name].untyped_storage().data_ptr()
+        if tensor.numel() and storage in storages:  # another view of it: the format wants memory of its own
+            unique[name] = unique[name].clone()
+        storages.add(storage)
+    return safetensors.torch.save(unique, metadata={"tied": json.dumps(tied)})
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: not such a file (a renamed pickle, say), a duplicate key, offsets that do not fit; names `path`.
+    """
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or end > min(len(raw), MAX_HEADER) or raw[8:9] != b"{":
+        raise ValueError(f"{path}: not a safetensors file; pickles are never loaded: convert it where it is trusted")
+    try:
+        header = recipes.parse_json(raw[8:end].decode(), path)  # the library lets duplicate keys pass
+        tensors = safetensors.torch.load(raw)
+    except (safetensors.SafetensorError, UnicodeDecodeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
+    return tensors | _tied(header, tensors, path)
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raise `ValueError` naming the floating-point tensors that hold a NaN or an infinity."""
+    wide = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+    bad = [name for name, tensor in wide.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"{source}: {listed('NaN or infinite values in', bad)}")
+
+
+def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: object) -> None:
+    """Raise `ValueError` unless `state` has the names, shapes and dtypes of `expected` (meta tensors will do)."""
+    problems = [
+        listed("missing", [name for name in expected if name not in state]),
+        listed("not in this model", [name for name in state if name not in expected]),
+    ]
+    for what in ("shape", "dtype"):
+        pairs = [
+            (name, getattr(state[name], what), getattr(expected[name], what)) for name in expected if name in state
+        ]
+        wrong = [f"{name} {_plain(found)} instead of {_plain(want)}" for name, found, want in pairs if found != want]
+        problems.append(listed(f"wrong {what}", wrong))
+    if any(problems):
+        raise ValueError(f"{source}: " + "; ".join(filter(None, problems)))
+
+
+def listed(problem: str, names: list[str]) -> str:
+    """`problem` and the first ten names; empty without names."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{problem} {', '.join(map(shown, names[:10]))}{more}" if names else ""
+
+
+def _plain(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")
+
+
+def _tied(header: dict[str, dict[str, str]], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    owners = recipes.parse_json(header.get("__metadata__", {}).get("tied", "{}"), path)
+    if not isinstance(owners, dict):
+        raise ValueError(f"{path}: tied = {shown(owners)}: must be an object of names")
+    for name, owner in owners.items():
+        if name in tensors or not isinstance(owner, str) or owner not in tensors:
+            raise ValueError(f"{path}: {shown(name)} is tied to {shown(owner)}, which is not in the file")
+    return {name: tensors[owner] for name, owner in owners.items()}

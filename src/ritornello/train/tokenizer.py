@@ -1,0 +1,192 @@
+"""Text to token ids and back, without loss.
+
+A tokenizer knows one id that no text can produce: the end of a document. Nothing else is special, so text that looks
+like a special token stays text.
+"""
+
+import codecs
+import json
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, final
+
+import numpy as np
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ritornello.config import require, require_int
+
+LONG_WORD = re.compile(r"(\S{1000})")
+
+
+class Tokenizer(ABC):
+    """Ids 0 … vocab_size − 2 stand for bytes of UTF-8; the last, `eos_id`, ends a document and has no text."""
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self.token_bytes = (*token_bytes, b"")
+        self.vocab_size = len(self.token_bytes)
+        self.eos_id = self.vocab_size - 1
+        self.byte_lengths = np.array([len(text) for text in self.token_bytes], dtype=np.int64)  # (vocab_size,)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Ids of each text, one unsigned integer array (n,) apiece. The texts are UTF-8; bytes take anything."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """What `from_json` turns into an equal tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, never `eos_id`. Raises ValueError on a lone surrogate, which no UTF-8 can hold."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            require(False, "text", text[error.start : error.end], f"valid Unicode (character {error.start})")
+            raise
+        return self.encode_batch([data])[0].tolist()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, end-of-document ids left out. Raises ValueError on an id outside the vocabulary."""
+        known = [operator.index(i) for i in ids]
+        bad = next((i for i in known if not 0 <= i < self.vocab_size), None)
+        require(bad is None, "token id", bad, f"in [0, {self.eos_id}]")
+        return b"".join([self.token_bytes[i] for i in known])
+
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors)
+
+
+@final
+class ByteTokenizer(Tokenizer):
+    """One id per byte: 256 and the end of a document."""
+
+    def __init__(self) -> None:
+        super().__init__([bytes([i]) for i in range(256)])
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [np.frombuffer(text, dtype=np.uint8) for text in texts]
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "bytes"})
+
+
+@final
+class BpeTokenizer(Tokenizer):
+    """Byte-level byte-pair encoding (Sennrich et al., 1508.07909; bytes as in GPT-2), run by `tokenizers`."""
+
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+        """`vocab`: piece to id, in GPT-2's spelling of bytes; `merges`: pairs in the order of their learning."""
+        byte_of = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+        super().__init__([bytes(map(byte_of.__getitem__, piece)) for piece in sorted(vocab, key=vocab.__getitem__)])
+        self._hf = _byte_level(models.BPE(vocab=dict(vocab), merges=list(merges)))
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        decoded = [text.decode("utf-8") for text in texts]
+        return [np.array(found.ids, dtype=np.uint32) for found in self._hf.encode_batch_fast(decoded)]
+
+    def to_json(self) -> str:
+        return self._hf.to_str()
+
+
+@final
+class StreamDecoder:
+    """Decodes ids as they come, holding a character back until its last byte is there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete. All pushes and `finish` joined equal `decode` of all ids."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What is left: a replacement character if the last character never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """Learn a BPE of at most `vocab_size` ids, the end of a document included; fewer where the text has fewer pairs.
+
+    Equal texts give an equal tokenizer, whatever the number of threads.
+    """
+    require_int("vocab_size", vocab_size, 257)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+        show_progress=False,
+    )
+    hf = _byte_level(models.BPE())
+    hf.train_from_iterator(chain.from_iterable(map(_short_words, texts)), trainer)
+    return _bpe_from(json.loads(hf.to_str()))
+
+
+def _short_words(text: str) -> list[str]:
+    """Learning takes time quadratic in the longest word: a line of 1 MB without a space would take minutes."""
+    longest = max(map(len, text.split()), default=0)
+    return LONG_WORD.split(text) if longest > 1000 else [text]
+
+
+def from_json(text: str) -> Tokenizer:
+    """The tokenizer that `to_json` wrote. Raises ValueError on anything else: a file may come from anywhere."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"tokenizer.json: must be JSON; {error}") from error
+    require(isinstance(found, dict), "tokenizer.json", found, "an object")
+    if found == {"type": "bytes"}:
+        return ByteTokenizer()
+    kind = found.get("model", {}).get("type") if isinstance(found.get("model"), dict) else found.get("type")
+    require(kind == "BPE", "tokenizer.json type", kind, "'bytes' or a 'BPE' model")
+    return _bpe_from(found)
+
+
+def _bpe_from(found: dict[str, Any]) -> BpeTokenizer:
+    """Everything but vocabulary and merges is fixed: a normalizer would lose text, an added token would be special."""
+    for name in ("added_tokens", "normalizer", "post_processor"):
+        require(not found.get(name), f"tokenizer.json {name}", found.get(name), "empty")
+    split = found.get("pre_tokenizer")
+    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    same = isinstance(split, dict) and all(split.get(key) == value for key, value in expected.items())
+    require(same, "tokenizer.json pre_tokenizer", split, f"{expected}")
+    vocab, merges = found["model"].get("vocab"), found["model"].get("merges")
+    _check_vocab(vocab)
+    require(isinstance(merges, list), "tokenizer.json merges", merges, "a list of pairs")
+    return BpeTokenizer(vocab, [_merge(pair, vocab) for pair in merges])
+
+
+def _check_vocab(vocab: Any) -> None:
+    name = "tokenizer.json vocab"
+    require(isinstance(vocab, dict) and all(type(i) is int for i in vocab.values()), name, vocab, "pieces with ids")
+    require(sorted(vocab.values()) == list(range(len(vocab))), name, len(vocab), "numbered 0, 1, 2 … without a gap")
+    symbols = set(_byte_symbols())
+    missing = sorted(symbols - vocab.keys())
+    require(not missing, name, missing, "complete: every byte needs an id")
+    strange = next((piece for piece in vocab if not piece or not symbols.issuperset(piece)), None)
+    require(strange is None, name, strange, "spelt in byte symbols")
+
+
+def _merge(pair: Any, vocab: Mapping[str, int]) -> tuple[str, str]:
+    ok = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part in vocab for part in pair)
+    require(
+        ok and "".join(pair) in vocab, "tokenizer.json merge", pair, "two pieces of the vocabulary that make a third"
+    )
+    return pair[0], pair[1]
+
+
+def _byte_level(model: models.BPE) -> HfTokenizer:
+    hf = HfTokenizer(model)
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = decoders.ByteLevel()
+    return hf
+
+
+def _byte_symbols() -> Iterator[str]:
+    """GPT-2's spelling of bytes 0 … 255: a printable Latin-1 character is itself, the others follow from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    following = iter(range(256, 512))
+    return (chr(byte) if byte in printable else chr(next(following)) for byte in range(256))

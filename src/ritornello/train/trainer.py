@@ -1,0 +1,204 @@
+"""A whole run: data, model, steps, evaluations, metrics and checkpoints, from a recipe to a directory."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ritornello import recipes
+from ritornello.config import DataConfig, ModelConfig, Recipe, default_exit, require, shown
+from ritornello.device import pick_device
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import checkpoint, files, tensors
+from ritornello.train.data import Batch, Batches, Rows, prepare
+from ritornello.train.evaluate import Evaluation, evaluate
+from ritornello.train.halting import fit_gate
+from ritornello.train.interrupt import InterruptedRunError, stop_request
+from ritornello.train.losses import NO_LABEL
+from ritornello.train.metrics import MetricsFile, Observer, TensorBoard, to_host
+from ritornello.train.optim import build_optimizers
+from ritornello.train.shards import Dataset, Progress
+from ritornello.train.step import train_step
+from ritornello.train.warm_start import warm_start
+
+GATE_BATCHES = 8  # that a frozen gate is fitted on, the ones after the last step's
+CACHE = Path(".cache", "ritornello")  # in the home directory: tokenised data
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    device: str = "auto",
+    observer: Observer | None = None,
+    data_progress: Progress | None = None,
+    offline: bool = False,
+    other_data: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Train as `recipe` says into the directory `out`; returns the last checkpoint.
+
+    Args:
+        resume: continue from the newest valid checkpoint in `out`, as if the run had never stopped; from the start if
+            there is none.
+        other_data: resume although the data or the tokenizer changed.
+        cache_dir: where tokenised data is kept; default ~/.cache/ritornello.
+
+    Raises:
+        ValueError: a recipe that doesn't fit its data; a run in `out` already, or another model's or data's.
+        NonFiniteError: a loss that isn't finite; the last checkpoint is intact.
+        InterruptedRunError: Ctrl-C or SIGTERM came; the step was finished and saved.
+    """
+    out, config = Path(out), recipe.train
+    target = pick_device(device)
+    cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
+    dataset = prepare(recipe.data, cache, offline=offline, progress=data_progress)
+    _check_vocabulary(recipe, dataset)
+    model = RecurrentDepthTransformer(recipe.model, seed=config.seed)
+    files.make_directory(out)
+    with files.lock(out), stop_request() as request:
+        found = checkpoint.latest(out)
+        require(resume or found is None, "out", str(out), "a directory without a run", "resume it, or choose another")
+        if found is None and config.warm_start:
+            warm_start(model, config.warm_start, tokenizer_json=dataset.tokenizer.to_json())
+        model.to(target).train()
+        trainer = Trainer(recipe, out, dataset, model, build_optimizers(model, config))
+        if found is not None:
+            trainer.restore(checkpoint.load(found), other_data=other_data)
+        files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
+        trainer.observers = _observers(recipe, out, trainer.step, observer)
+        while trainer.step < config.steps:
+            trainer.advance()
+            if request.signum is not None and trainer.step < config.steps:
+                raise InterruptedRunError(f"interrupted after step {trainer.step}; saved in {trainer.save()}")
+        assert trainer.saved is not None
+        return trainer.saved
+
+
+@dataclass
+class Trainer:
+    """A run in progress; `step` steps are done. All that changes is the model, the optimizers and this count."""
+
+    recipe: Recipe
+    out: Path
+    dataset: Dataset
+    model: RecurrentDepthTransformer
+    optimizers: Sequence[Optimizer]
+    observers: Sequence[Observer] = ()
+    step: int = 0
+    saved: Path | None = None  # the newest checkpoint
+    _tokens: int = 0  # and seconds, since the last log line
+    _seconds: float = 0.0
+
+    def advance(self) -> None:
+        """One step, and what is due after it."""
+        config, start = self.recipe.train, time.perf_counter()
+        batch = self._batches.batch(self.step)
+        measured = train_step(self.model, self.optimizers, batch, train=config, step=self.step)
+        self.step += 1
+        self._tokens += batch.tokens.size
+        last = self.step == config.steps
+        log = to_host(measured) if last or self.step % config.log_every == 0 else None
+        self._seconds += time.perf_counter() - start
+        if log is not None:
+            self._log(log, batch)
+        if last and self._fits_gate:
+            self._fit_gate()
+        if last or self.step % config.eval_every == 0:
+            self._report(self.evaluate().metrics())
+        if last or self.step % config.save_every == 0:
+            self.save()
+
+    def evaluate(self) -> Evaluation:
+        """Bits per byte on `eval_batches` batches of validation text, at `eval_loops`."""
+        config = self.recipe.train
+        exit = default_exit(self.recipe.model.halting)
+        if self._fits_gate and self.step < config.steps:
+            exit = None  # its gate knows nothing yet
+        rows = Rows(self.dataset.validation, **self._row_settings)
+        size = config.batch_size // config.accumulation
+        batches = rows.evaluation(size, config.eval_batches * config.accumulation)
+        return evaluate(self.model, batches, loops=config.eval_loops, exit=exit, bf16=config.precision == "bf16")
+
+    def save(self) -> Path:
+        """A checkpoint of this moment."""
+        self.saved = checkpoint.save(
+            self.out,
+            step=self.step,
+            model_state=self.model.state_dict(),
+            recipe=self.recipe,
+            tokenizer_json=self.dataset.tokenizer.to_json(),
+            optimizer_state=checkpoint.flatten_optimizers(self.optimizers, self.model),
+            trainer_state={"step": self.step},  # data, depth and noise are functions of (seed, step)
+            fingerprint=self.dataset.fingerprint,
+            keep=self.recipe.train.keep_checkpoints,
+        )
+        return self.saved
+
+    def restore(self, found: checkpoint.Checkpoint, *, other_data: bool) -> None:
+        """Continue from `found`. The [train] settings may differ: they then hold from here on."""
+        _require_same("model", found.recipe.model, self.recipe.model, "a run keeps its model")
+        if not other_data:
+            remedy = "other_data=True continues on other data"
+            _require_same("data", found.recipe.data, self.recipe.data, remedy)
+            ok = found.manifest.fingerprint == self.dataset.fingerprint
+            require(ok, "data fingerprint", self.dataset.fingerprint, f"{found.manifest.fingerprint}", remedy)
+        tensors.check(found.model_state, self.model.state_dict(), found.directory / checkpoint.MODEL)
+        optimizer_state, state = checkpoint.training_state(found)
+        self.model.load_state_dict(found.model_state)
+        checkpoint.restore_optimizers(self.optimizers, self.model, optimizer_state)
+        self.step, self.saved = state["step"], found.directory
+
+    @property
+    def _row_settings(self) -> dict[str, Any]:
+        data = self.recipe.data
+        return {"seq_len": data.seq_len, "packing": data.packing, "isolate_documents": data.isolate_documents}
+
+    @cached_property
+    def _batches(self) -> Batches:
+        config = self.recipe.train
+        return Batches(self.dataset.train, batch_size=config.batch_size, seed=config.seed, **self._row_settings)
+
+    @property
+    def _fits_gate(self) -> bool:
+        return self.recipe.model.halting == "gate" and self.recipe.train.halting_loss == "frozen"
+
+    def _fit_gate(self) -> None:
+        config, batches = self.recipe.train, self._batches
+        after = (batches.batch(self.step + i) for i in range(GATE_BATCHES))
+        self._report(fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed))
+
+    def _log(self, metrics: dict[str, float], batch: Batch) -> None:
+        bits = metrics["loss"] / math.log(2) * int((batch.labels != NO_LABEL).sum())
+        speed = self._tokens / self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        self._report({**metrics, "bpb": bits / max(1, int(batch.n_bytes.sum())), "tok_per_s": round(speed, 1)})
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        for observer in self.observers:
+            observer.update(self.step, metrics)
+
+
+def _observers(recipe: Recipe, out: Path, step: int, observer: Observer | None) -> list[Observer]:
+    board = [TensorBoard(out, step=step)] if recipe.train.tensorboard else []
+    return [MetricsFile(out, step=step), *board, *([observer] if observer is not None else [])]
+
+
+def _check_vocabulary(recipe: Recipe, dataset: Dataset) -> None:
+    size, model = dataset.tokenizer.vocab_size, recipe.model
+    require(model.vocab_size >= size, "model.vocab_size", model.vocab_size, f">= {size}, the tokenizer's")
+    require(model.n_token_tables == 1, "model.n_token_tables", model.n_token_tables, "1 for text")
+
+
+def _require_same(table: str, saved: ModelConfig | DataConfig, given: ModelConfig | DataConfig, remedy: str) -> None:
+    """Name the first setting in which a resumed run's recipe differs."""
+    before, now = asdict(saved), asdict(given)
+    for name in before:
+        ok = before[name] == now[name]
+        require(ok, f"{table}.{name}", now[name], f"{shown(before[name])}, as in the run to resume", remedy)

@@ -1,0 +1,43 @@
+"""Starting a run from another run's weights, at other depths if need be."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ritornello.config import ModelConfig, require
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import checkpoint, tensors
+
+NEW_PARTS = ("halting.", "probe.")  # may be absent in the other run: they start as initialised
+LOOP_TABLES = (".lora_A", ".lora_B", "loop_embedding.weight")
+
+
+def warm_start(model: RecurrentDepthTransformer, source: str, *, tokenizer_json: str) -> None:
+    """Copy the weights of `source`, a run or a checkpoint, into `model`, in place.
+
+    A halting head or probe that one of the two lacks is left out. Tables by loop index are extended by their last row,
+    which deeper loops read anyway, so the function at every depth is that of `source`.
+
+    Raises:
+        ValueError: another tokenizer, or a model of another shape.
+    """
+    other = checkpoint.load(source)
+    same = other.tokenizer_json == tokenizer_json
+    require(same, "train.warm_start", source, "a run with the same tokenizer", "its token ids mean other text")
+    expected = model.state_dict()
+    state = {name: t for name, t in other.model_state.items() if name in expected or not name.startswith(NEW_PARTS)}
+    state |= {name: t for name, t in expected.items() if name not in state and name.startswith(NEW_PARTS)}
+    state = resized(state, model.config)
+    tensors.check(state, expected, other.directory / checkpoint.MODEL)
+    model.load_state_dict(state)
+
+
+def resized(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """`state` with every table by loop index cut or extended to `config.n_loops` rows."""
+    names = [*LOOP_TABLES, *([".e_score_correction_bias"] if config.router_bias_per_loop else [])]
+    return {name: _rows(t, config.n_loops) if name.endswith(tuple(names)) else t for name, t in state.items()}
+
+
+def _rows(table: Tensor, n: int) -> Tensor:
+    return table[torch.arange(n).clamp(max=len(table) - 1)]

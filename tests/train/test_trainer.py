@@ -1,0 +1,207 @@
+import itertools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ritornello.config import Recipe
+from ritornello.model.norm import RMSNorm
+from ritornello.train import checkpoint, metrics
+from ritornello.train.interrupt import InterruptedRunError
+from ritornello.train.step import NonFiniteError
+from ritornello.train.trainer import train
+from tests.train.small import recipe, text_file
+
+
+class Watch:
+    """Sends `signum` to this process after `step`, and notes what it is told."""
+
+    def __init__(self, step: int = -1, signum: int = signal.SIGTERM) -> None:
+        self.step, self.signum = step, signum
+        self.seen: list[tuple[int, dict[str, float]]] = []
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.seen.append((step, dict(metrics)))
+        if step == self.step and "loss" in metrics:
+            os.kill(os.getpid(), self.signum)
+
+
+def run(a_recipe: Recipe, folder: Path, name: str = "run", **options: Any) -> Path:
+    return train(a_recipe, out=folder / name, device="cpu", cache_dir=folder / "cache", **options)
+
+
+def weights(directory: Path) -> list[bytes]:
+    return [(directory / name).read_bytes() for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)]
+
+
+def untimed(directory: Path) -> list[dict[str, Any]]:
+    lines = metrics.read(directory)
+    return [{name: value for name, value in line.items() if name not in metrics.TIMING} for line in lines]
+
+
+MODELS = {
+    "moe": ({"dropout": 0.1, "initial_state": "noise"}, {"optimizer": "muon", "microbatch_size": 2}, (3, 17, 30)),
+    "gate": ({"halting": "gate"}, {"depth": "lognormal_poisson", "depth_ramp_steps": 9, "steps": 20}, (11,)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_resumed_equals_uninterrupted(kind, tmp_path):
+    model, settings, stops = MODELS[kind]
+    given = recipe(tmp_path, model=model, **settings)
+    whole = run(given, tmp_path, "whole")
+    for stop, signum in zip(stops, itertools.cycle((signal.SIGTERM, signal.SIGINT)), strict=False):
+        with pytest.raises(InterruptedRunError, match=f"after step {stop}"):
+            run(given, tmp_path, "parts", resume=True, observer=Watch(stop, signum))
+        assert checkpoint.load(tmp_path / "parts").manifest.step == stop
+    shutil.copytree(tmp_path / "parts", tmp_path / "other")
+    parts = run(given, tmp_path, "parts", resume=True)
+    assert weights(parts) == weights(whole)
+    assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
+    other = run(replace(given, train=replace(given.train, seed=1)), tmp_path, "other", resume=True)
+    assert weights(other)[0] != weights(whole)[0] and untimed(tmp_path / "other") != untimed(tmp_path / "whole")
+
+
+def test_a_run_killed_between_checkpoints_is_repeated_from_the_last_one(tmp_path):
+    given = recipe(tmp_path, steps=20)
+
+    class Killed(Watch):
+        def update(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 15:
+                raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(given, tmp_path, "parts", observer=Killed())
+    assert [line["step"] for line in metrics.read(tmp_path / "parts")][-1] == 15
+    with (tmp_path / "parts" / metrics.NAME).open("ab") as lines:
+        lines.write(b'{"step": 1')  # a line that the kill cut short
+    parts, whole = run(given, tmp_path, "parts", resume=True), run(given, tmp_path, "whole")
+    assert weights(parts) == weights(whole)
+    assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    given, watch = recipe(tmp_path, steps=20, log_every=5), Watch()
+    directory = run(given, tmp_path, observer=watch)
+    lines = metrics.read(tmp_path / "run")
+    assert [(line["step"], "loss" in line) for line in lines] == [
+        (5, True), (10, True), (10, False), (15, True), (20, True), (20, False),
+    ]  # fmt: skip
+    first, evaluation = lines[0], lines[2]
+    names = {"loss", "bpb", "lr", "grad_norm", "tok_per_s", "mean_loops", "router_violation", "router_entropy"}
+    assert names <= first.keys() and {"val_bpb_1", "val_bpb_2", "val_bpb_4"} <= evaluation.keys()
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[-2]["loss"] < first["loss"]
+    assert [{"step": step, **values} for step, values in watch.seen] == lines
+    assert directory == tmp_path / "run" / "checkpoints" / "step_000020"
+    assert sorted(path.name for path in directory.parent.iterdir()) == ["step_000010", "step_000020"]
+    saved = checkpoint.load(tmp_path / "run")
+    assert saved.recipe == given
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(
+        (directory / "config.json").read_text()
+    )
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    given = recipe(tmp_path, steps=2)
+    done = run(given, tmp_path)
+    before = weights(done)
+    with pytest.raises(ValueError, match="without a run; resume it"):
+        run(given, tmp_path)
+    assert run(given, tmp_path, resume=True) == done and weights(done) == before
+
+
+def test_resume_refuses_another_model_or_data(tmp_path):
+    given = recipe(tmp_path, steps=2)
+    run(given, tmp_path)
+    longer = replace(given, train=replace(given.train, steps=4))
+    with pytest.raises(ValueError, match=r"model\.dim = 32: must be 16, as in the run"):
+        run(replace(longer, model=replace(given.model, dim=32)), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"data\.seq_len = 12: must be 24"):
+        run(replace(longer, data=replace(given.data, seq_len=12)), tmp_path, resume=True)
+    text_file(tmp_path, seed=1).replace(given.data.source)
+    with pytest.raises(ValueError, match=r"data fingerprint = .*other_data"):
+        run(longer, tmp_path, resume=True)
+    assert run(longer, tmp_path, resume=True, other_data=True).name == "step_000004"
+
+
+def test_the_vocabulary_must_hold_the_tokenizers(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 200: must be >= 257"):
+        run(recipe(tmp_path, model={"vocab_size": 200}), tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_keeps_its_last_checkpoint(tmp_path):
+    given = recipe(tmp_path, steps=20, save_every=5)
+
+    class Poison(Watch):
+        def update(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 7:
+                poison = lambda module, inputs, out: out * float("nan") if isinstance(module, RMSNorm) else None  # noqa: E731
+                handles.append(torch.nn.modules.module.register_module_forward_hook(poison))
+
+    handles: list[Any] = []
+    with pytest.raises(NonFiniteError, match="step 7: "):
+        run(given, tmp_path, observer=Poison())
+    handles[0].remove()
+    assert checkpoint.load(tmp_path / "run").manifest.step == 5
+    assert weights(run(given, tmp_path, resume=True)) == weights(run(given, tmp_path, "whole"))
+
+
+def test_second_signal_does_not_wait(tmp_path):
+    class Twice(Watch):
+        def update(self, step: int, metrics: Mapping[str, float]) -> None:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(recipe(tmp_path), tmp_path, observer=Twice())
+    assert not isinstance(caught.value, InterruptedRunError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_warm_start_keeps_the_function_at_other_depths(tmp_path):
+    given = recipe(tmp_path, steps=10, eval_loops=(1, 4, 8))
+    run(given, tmp_path, "first")
+    depths = {"max_loops": 8, "mean_loops": 5.0, "lr": 1e-12, "steps": 1, "router_bias_rate": 0.0}
+    deeper = replace(
+        given,
+        model=replace(given.model, n_loops=8, halting="kl"),
+        train=replace(given.train, warm_start=str(tmp_path / "first"), **depths),
+    )
+    run(deeper, tmp_path, "second")
+    run(replace(deeper, train=replace(deeper.train, warm_start="")), tmp_path, "cold")
+    before, after, cold = (metrics.read(tmp_path / name)[-1] for name in ("first", "second", "cold"))
+    for name in ("val_bpb_1", "val_bpb_4", "val_bpb_8"):
+        assert after[name] == pytest.approx(before[name], abs=1e-5)
+        assert abs(cold[name] - before[name]) > 0.1
+
+
+def test_warm_start_names_what_does_not_fit(tmp_path):
+    given = recipe(tmp_path, steps=1)
+    run(given, tmp_path, "first")
+    start = replace(given.train, warm_start=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="wrong shape"):
+        run(replace(given, model=replace(given.model, ffn_dim=48), train=start), tmp_path, "second")
+    with pytest.raises(ValueError, match="no such run"):
+        run(replace(given, train=replace(start, warm_start=str(tmp_path / "none"))), tmp_path, "third")
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path):
+    pytest.importorskip("tensorboard")
+    run(recipe(tmp_path, steps=2, tensorboard=True), tmp_path)
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_steps_of_the_metrics_never_fall(tmp_path):
+    run(recipe(tmp_path, steps=12), tmp_path)
+    steps = [line["step"] for line in metrics.read(tmp_path / "run")]
+    assert all(a <= b for a, b in itertools.pairwise(steps))
