@@ -1,44 +1,30 @@
-"""A table of model shapes. Every total is pinned by a test that builds the model on the meta device."""
+"""A table of model shapes. Every total is pinned by a test that builds the model on the meta device.
+
+A name states total parameters, embeddings included, within 1.5% with either attention. `-rdt` and `-plain` of one size
+are the same layers, a third of them looped as in Parcae (2604.12946), or all stacked once: their totals differ by an
+injection and a norm. `tiny` sizes are for bytes on a CPU: `tiny-plain` has tiny's total parameters, `tiny-dense` and
+its plain pair have its active ones.
+"""
 
 from dataclasses import replace
 from typing import Any
 
 from ritornello.config import Attention, ModelConfig, pick, shown
 
-# name: dim, P/R/C layers, heads, kv heads, head dim, expert dim, vocab, tied, (q rank, kv rank, nope, rope, v), LoRA rank
-_ARTICLE: dict[str, tuple[Any, ...]] = {
-    "1b": (1024, (2, 2, 2), 16, 4, 64, 384, 32768, True, (384, 256, 64, 32, 64), 16),
-    "3b": (1536, (2, 2, 2), 24, 4, 64, 768, 65536, True, (512, 256, 64, 32, 64), 16),
-    "10b": (2048, (3, 5, 3), 16, 4, 128, 768, 131072, False, (512, 512, 128, 64, 128), 16),
-    "50b": (4096, (3, 6, 3), 32, 8, 128, 1664, 131072, False, (1024, 512, 128, 64, 128), 32),
-    "100b": (5120, (3, 7, 3), 40, 8, 128, 2304, 131072, False, (1280, 512, 128, 64, 128), 32),
-    "500b": (9216, (3, 10, 3), 72, 8, 128, 4608, 131072, False, (2304, 512, 128, 64, 128), 32),
-    "1t": (12288, (3, 12, 3), 96, 8, 128, 5760, 131072, False, (3072, 512, 128, 64, 128), 32),
-}
+Layers = tuple[int, int, int]  # prelude, recurrent, coda
+Heads = tuple[int, int, int]  # heads, kv heads, head dim
+Latent = tuple[int, int, int, int, int]  # MLA's query rank, kv rank, nope, rope and value dims
 
 
-def _article(
-    dim: int,
-    layers: tuple[int, int, int],
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    expert_dim: int,
-    vocab_size: int,
-    tied: bool,
-    mla: tuple[int, int, int, int, int],
-    lora_rank: int,
-) -> ModelConfig:
-    """384 experts, 8 active and 1 shared: a dense layer of 9 expert widths has equal active width."""
-    q_rank, kv_rank, nope, rope, v = mla
+def _shape(dim: int, layers: Layers, heads: Heads, latent: Latent, **rest: Any) -> ModelConfig:
+    prelude, recurrent, coda = layers
+    n_heads, n_kv_heads, head_dim = heads
+    q_rank, kv_rank, nope, rope, value = latent
     return ModelConfig(
-        vocab_size=vocab_size,
         dim=dim,
-        n_prelude_layers=layers[0],
-        n_recurrent_layers=layers[1],
-        n_coda_layers=layers[2],
-        n_loops=16,
-        tie_embeddings=tied,
+        n_prelude_layers=prelude,
+        n_recurrent_layers=recurrent,
+        n_coda_layers=coda,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
@@ -46,21 +32,48 @@ def _article(
         kv_lora_rank=kv_rank,
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope,
-        v_head_dim=v,
-        ffn="moe",
-        ffn_dim=9 * expert_dim,
-        n_experts=384,
-        n_active_experts=8,
-        n_shared_experts=1,
-        expert_dim=expert_dim,
-        lora_rank=lora_rank,
+        v_head_dim=value,
+        **rest,
     )
 
 
-# name: dim, layers of the looped model (P, R, C), layers of its plain pair, heads, ffn dim. Totals include tied embeddings.
-_PAIRS: dict[str, tuple[int, tuple[int, int, int], int, int, int]] = {}
+def _moe(
+    dim: int, layers: Layers, heads: Heads, expert: int, vocab: int, tied: bool, latent: Latent, lora: int, **rest: Any
+) -> ModelConfig:
+    """384 experts, 8 active and 1 shared: a dense layer of 9 expert widths has equal active width."""
+    rest = {"vocab_size": vocab, "tie_embeddings": tied, "expert_dim": expert, "lora_rank": lora, "n_loops": 16} | rest
+    return _shape(dim, layers, heads, latent, ffn="moe", ffn_dim=9 * expert, n_experts=384, n_active_experts=8, **rest)
 
-PRESETS: dict[str, ModelConfig] = {name: _article(*row) for name, row in _ARTICLE.items()}
+
+def _dense(dim: int, layers: Layers, heads: Heads, ffn: int, vocab: int, latent: Latent) -> ModelConfig:
+    """8 loops of exactly the same weights, so that a pair differs in nothing but looping."""
+    rest: dict[str, Any] = {"n_loops": 8, "lora_rank": 0, "loop_embedding": False}
+    return _shape(dim, layers, heads, latent, vocab_size=vocab, ffn="dense", ffn_dim=ffn, **rest)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # dim, P/R/C, heads × dim (kv), expert, vocab, tied, MLA, LoRA rank
+    "1b": _moe(1024, (2, 2, 2), (16, 4, 64), 384, 32768, True, (384, 256, 64, 32, 64), 16),
+    "3b": _moe(1536, (2, 2, 2), (24, 4, 64), 768, 65536, True, (512, 256, 64, 32, 64), 16),
+    "10b": _moe(2048, (3, 5, 3), (16, 4, 128), 768, 131072, False, (512, 512, 128, 64, 128), 16),
+    "50b": _moe(4096, (3, 6, 3), (32, 8, 128), 1664, 131072, False, (1024, 512, 128, 64, 128), 32),
+    "100b": _moe(5120, (3, 7, 3), (40, 8, 128), 2304, 131072, False, (1280, 512, 128, 64, 128), 32),
+    "500b": _moe(9216, (3, 10, 3), (72, 8, 128), 4608, 131072, False, (2304, 512, 128, 64, 128), 32),
+    "1t": _moe(12288, (3, 12, 3), (96, 8, 128), 5760, 131072, False, (3072, 512, 128, 64, 128), 32),
+    "tiny": _moe(128, (1, 1, 1), (4, 2, 32), 16, 264, True, (64, 64, 32, 16, 32), 4, n_loops=8, halting="gate"),
+    # dim, P/R/C, heads × dim (kv), ffn, vocab, MLA
+    "140m-rdt": _dense(768, (5, 6, 5), (12, 4, 64), 2432, 32768, (384, 128, 64, 32, 64)),
+    "140m-plain": _dense(768, (16, 0, 0), (12, 4, 64), 2432, 32768, (384, 128, 64, 32, 64)),
+    "370m-rdt": _dense(1024, (8, 8, 8), (16, 4, 64), 3712, 32768, (384, 128, 64, 32, 64)),
+    "370m-plain": _dense(1024, (24, 0, 0), (16, 4, 64), 3712, 32768, (384, 128, 64, 32, 64)),
+    "770m-rdt": _dense(1536, (8, 8, 8), (12, 4, 128), 5120, 32768, (512, 384, 128, 64, 128)),
+    "770m-plain": _dense(1536, (24, 0, 0), (12, 4, 128), 5120, 32768, (512, 384, 128, 64, 128)),
+    "1.3b-rdt": _dense(2048, (8, 8, 8), (16, 4, 128), 6656, 32768, (512, 512, 128, 64, 128)),
+    "1.3b-plain": _dense(2048, (24, 0, 0), (16, 4, 128), 6656, 32768, (512, 512, 128, 64, 128)),
+    "tiny-plain": _dense(192, (6, 0, 0), (6, 2, 32), 608, 264, (64, 64, 32, 16, 32)),
+    "tiny-dense": _dense(128, (1, 1, 1), (4, 2, 32), 208, 264, (64, 64, 32, 16, 32)),
+    "tiny-dense-plain": _dense(128, (3, 0, 0), (4, 2, 32), 208, 264, (64, 64, 32, 16, 32)),
+}
 
 
 def preset(name: str, *, attention: Attention = "gqa", **overrides: Any) -> ModelConfig:

@@ -25,7 +25,7 @@ def inputs(train: TrainConfig, *, counts: list[int] | int = 3, probe: int = 0, *
     rows = batch()
     depth = Depth.right_aligned(counts) if isinstance(counts, list) else Depth.uniform(counts)
     labels = torch.from_numpy(rows.labels)
-    out = model(torch.from_numpy(rows.tokens), n_loops=depth, trajectory=True, return_logits=False)
+    out = model(torch.from_numpy(rows.tokens), n_loops=depth, trajectory=True, weigh=True, return_logits=False)
     shares = Shares(n_targets=labels.numel(), tokens=1.0, loops=1.0, probe=probe)
     return Inputs(model=model, train=train, labels=labels, documents=None, key=Key(), out=out, shares=shares)
 
@@ -35,7 +35,7 @@ def by_loop(x: Inputs, row: int, n: int) -> tuple[Tensor, Tensor]:
     tokens = torch.from_numpy(batch().tokens)[row : row + 1]
     hidden = [x.model(tokens, n_loops=k, return_logits=False).hidden[0] for k in range(1, n + 1)]
     ce = [F.cross_entropy(x.model.logits(h), x.labels[row], reduction="none") for h in hidden]
-    states = x.model(tokens, n_loops=n, trajectory=True).trajectory
+    states = x.model(tokens, n_loops=n, trajectory=True, weigh=True).trajectory
     return torch.stack(ce), torch.stack([state.halt.weight[0] for state in states])
 
 

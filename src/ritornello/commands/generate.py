@@ -40,8 +40,7 @@ class Generate(Command):
 
         loaded = load(self.path, device=self.device)
         pieces = stream(
-            loaded.model,
-            loaded.tokenizer,
+            loaded,
             self.prompt,
             max_tokens=self.max_tokens,
             n_loops=self.loops,

@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ritornello.config import ExitRule, Recipe, require, require_int
+from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
 from ritornello.engine.sampling import Sampling, sample
 from ritornello.model.cache import Cache
+from ritornello.model.halting import check_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint
 from ritornello.train.tokenizer import StreamDecoder, Tokenizer, from_json
@@ -55,6 +56,7 @@ def decode(
     prompts: Sequence[Sequence[int]],
     *,
     n_new: int,
+    vocab_size: int | None = None,
     n_loops: int | None = None,
     exit: ExitRule | None = None,
     sampling: Sampling | None = None,
@@ -62,7 +64,8 @@ def decode(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the next token (B,) of each prompt and the loops (B,) it took, `n_new` times or until max_seq_len.
 
-    Shorter prompts are padded on the left and move on together. Without a cache everything is computed anew each time.
+    Shorter prompts are padded on the left and move on together. Ids from `vocab_size` on, which a padded embedding has
+    beyond the tokenizer's, are never chosen. Without a cache everything is computed anew each time.
     """
     config, device = model.config, model.norm.weight.device
     sampling = sampling or Sampling()
@@ -80,7 +83,7 @@ def decode(
         cache = Cache(config, batch_size=len(prompts), max_len=end, n_loops=depth, dtype=dtype, device=device)
     for index in range(end - longest):
         out = model(tokens, n_loops=n_loops, exit=exit, documents=documents, cache=cache, return_logits=False)
-        chosen = sample(model.logits(out.hidden[:, -1]), sampling, index=index)
+        chosen = sample(model.logits(out.hidden[:, -1])[:, :vocab_size], sampling, index=index)
         yield chosen, out.loops_used[:, -1]
         if cache is not None:
             tokens, documents = chosen[:, None], None
@@ -104,8 +107,6 @@ class _Text:
         """Take a token; return the text that is now certain."""
         if token == self.tokenizer.eos_id:
             return self.finish("end")
-        if token >= self.tokenizer.vocab_size:  # a model's vocabulary may be padded beyond the tokenizer's
-            return ""
         self.tokens.append(token)
         self.loops.append(loops)
         self.held += self.decoder.push([token])
@@ -130,74 +131,75 @@ class _Text:
         return piece
 
 
-def _ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """An empty prompt starts after the end of a document."""
-    return tokenizer.encode(prompt) or [tokenizer.eos_id]
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` take by keyword."""
+
+    max_tokens: int  # 256
+    n_loops: int | None  # depth of each token, with `exit` the most it may reach; None: the model's own
+    exit: ExitRule | None  # lets each token stop early; None: never
+    stop: Sequence[str]  # the text ends before the first of these
+    use_cache: bool  # True
+    temperature: float  # these five: see Sampling
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int
 
 
-def stream(
-    model: RecurrentDepthTransformer,
-    tokenizer: Tokenizer,
-    prompt: str,
+def stream(loaded: Loaded, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece; joined, the text that `generate` returns.
+
+    Raises:
+        ValueError: an argument out of range, before anything is computed.
+    """
+    _, steps = _start(loaded, [prompt], **options)
+    return (piece for pieces in steps for piece in pieces if piece)
+
+
+@overload
+def generate(loaded: Loaded, prompts: str, **options: Unpack[Options]) -> Generation: ...
+@overload
+def generate(loaded: Loaded, prompts: Sequence[str], **options: Unpack[Options]) -> list[Generation]: ...
+def generate(loaded: Loaded, prompts: str | Sequence[str], **options: Unpack[Options]) -> Generation | list[Generation]:
+    """Continue one text, or several at once: row i samples with seed + i.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    texts, steps = _start(loaded, [prompts] if isinstance(prompts, str) else prompts, **options)
+    for _ in steps:
+        pass
+    results = [Generation(text.text, text.tokens, text.loops, text.reason) for text in texts]
+    return results[0] if isinstance(prompts, str) else results
+
+
+def _start(
+    loaded: Loaded,
+    prompts: Sequence[str],
     *,
     max_tokens: int = 256,
     n_loops: int | None = None,
     exit: ExitRule | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int = 0,
     stop: Sequence[str] = (),
     use_cache: bool = True,
-) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece; joined, the text that `generate` returns.
-
-    Args:
-        n_loops: depth of each token, with `exit` the most it may reach; default the model's own.
-        exit: lets each token stop early.
-        temperature, top_k, top_p, min_p, seed: see Sampling.
-        stop: the text ends before the first of these strings.
-    Raises:
-        ValueError: an argument out of range, before anything is computed.
-    """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    **sampling: Any,
+) -> tuple[list[_Text], Iterator[list[str]]]:
+    """Check everything now; the iterator then yields, step by step, what each text gained."""
     require_int("max_tokens", max_tokens, 1)
-    prompts = [_ids(tokenizer, prompt)]
-    text = _Text(tokenizer, stop)
+    if n_loops is not None:
+        require_int("n_loops", n_loops, 1, MAX_LOOPS)
+    check_exit(loaded.model.config, exit)
+    tokenizer, checked = loaded.tokenizer, Sampling(**sampling)
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    texts = [_Text(tokenizer, stop) for _ in prompts]
 
-    def pieces() -> Iterator[str]:
-        for ids, loops in decode(
-            model, prompts, n_new=max_tokens, n_loops=n_loops, exit=exit, sampling=sampling, use_cache=use_cache
-        ):
-            yield text.push(int(ids[0]), int(loops[0]))
-            if text.reason:
+    def steps() -> Iterator[list[str]]:
+        how = {"n_loops": n_loops, "exit": exit, "sampling": checked, "use_cache": use_cache}
+        for chosen, loops in decode(loaded.model, ids, n_new=max_tokens, vocab_size=tokenizer.vocab_size, **how):
+            rows = zip(texts, chosen.tolist(), loops.tolist(), strict=True)
+            yield ["" if text.reason else text.push(token, used) for text, token, used in rows]
+            if all(text.reason for text in texts):
                 return
-        yield text.finish("length")
+        yield ["" if text.reason else text.finish("length") for text in texts]
 
-    return (piece for piece in pieces() if piece)
-
-
-@overload
-def generate(loaded: Loaded, prompts: str, **options: object) -> Generation: ...
-@overload
-def generate(loaded: Loaded, prompts: Sequence[str], **options: object) -> list[Generation]: ...
-def generate(loaded, prompts, *, max_tokens=256, n_loops=None, exit=None, stop=(), use_cache=True, **sampling):  # noqa: ANN
-    """Continue one text, or several at once (row i samples with seed + i). Options as in `stream`."""
-    require_int("max_tokens", max_tokens, 1)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    done = [_Text(tokenizer, stop) for _ in texts]
-    options = {"n_new": max_tokens, "n_loops": n_loops, "exit": exit, "use_cache": use_cache}
-    steps = decode(model, [_ids(tokenizer, text) for text in texts], sampling=Sampling(**sampling), **options)
-    for ids, loops in steps:
-        for text, token, used in zip(done, ids.tolist(), loops.tolist(), strict=True):
-            if not text.reason:
-                text.push(token, used)
-        if all(text.reason for text in done):
-            break
-    for text in done:
-        if not text.reason:
-            text.finish("length")
-    results = [Generation(text.text, text.tokens, text.loops, text.reason) for text in done]
-    return results[0] if isinstance(prompts, str) else results
+    return texts, steps()

@@ -138,12 +138,12 @@ def describe(config: ModelConfig, *, seq_len: int = 4096) -> dict[str, Any]:
     """Everything above for one shape, as `ritornello info` shows it; FLOPs by number of loops."""
     c, counts, seq_len = config, count_parameters(config), min(seq_len, config.max_seq_len)
     facts: dict[str, Any] = {"parameters": {name: counts[name] for name in ("total", "active", "non_embedding")}}
-    facts["share"] = {name: round(n / counts["total"], 6) for name, n in counts["shares"].items()}
+    facts["share_of_parameters"] = {name: n / counts["total"] for name, n in counts["shares"].items()}
     for kind in ("training", "inference", "decode"):
         how: Any = {"training": kind == "training", "convention": "decode" if kind == "decode" else "full"}
         loops = (1,) if c.is_plain else (1, 2, 4, 8, 16, 32)
         flops = {str(n): flops_per_token(c, seq_len=seq_len, n_loops=n, **how) for n in loops}
-        facts[f"{kind}_flops_per_token"] = flops
+        facts[f"{kind}_flops_per_token_by_loops"] = flops
     facts["kv_bytes_per_token"] = {p: kv_bytes_per_token(c, n_loops=c.n_loops, policy=p) for p in POLICIES}
     facts["kv_bytes_per_slot"] = c.kv_width * 2
     facts["assuming"] = {"seq_len": seq_len, "n_loops": c.n_loops, "attention": "full", "bytes_per_number": 2}

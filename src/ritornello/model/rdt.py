@@ -40,7 +40,7 @@ def _table(n: int, dim: int) -> nn.Embedding:
 
 @dataclass(frozen=True)
 class Run:
-    """How one recurrence runs: `forward`'s arguments. `weigh`: note what each loop weighs, exit rule or not."""
+    """How one recurrence runs: `forward`'s arguments."""
 
     depth: Depth
     cache: Cache | None = None
@@ -247,6 +247,7 @@ class RecurrentDepthTransformer(nn.Module):
         backprop_loops: int = 0,
         checkpoint: bool = False,
         trajectory: bool = False,
+        weigh: bool = False,
         return_logits: bool = True,
     ) -> Output:
         """Predict the next token of every position.
@@ -262,6 +263,7 @@ class RecurrentDepthTransformer(nn.Module):
             backprop_loops: gradients pass through the last so many loops of each sequence; 0: all.
             checkpoint: recompute each loop in the backward pass instead of keeping its activations.
             trajectory: keep the state after each loop.
+            weigh: let the halting head weigh each loop, exit rule or not (act: always).
         Raises:
             ValueError: an argument out of range, naming it.
         """
@@ -275,7 +277,7 @@ class RecurrentDepthTransformer(nn.Module):
         out = Output(None, h, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
         if not self.config.is_plain:
             out.trajectory = [] if trajectory else None
-            weigh = trajectory or self.config.halting == "act"
+            weigh = weigh or self.config.halting == "act"
             h = self._recur(h, context, Run(depth, cache, exit, backprop_loops, checkpoint, weigh), out)
         out.hidden = self.coda(h, context, kv)
         if cache is not None:

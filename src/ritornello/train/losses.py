@@ -146,8 +146,13 @@ def weights(model: ModelConfig, train: TrainConfig) -> dict[str, float]:
     return {name: weight for name, weight in table.items() if weight or name == "next_token"}
 
 
+def needs_weights(table: dict[str, float]) -> bool:
+    """Whether a term reads what the halting head makes of each loop."""
+    return bool({"expected", "prior"} & set(table))
+
+
 def needs_trajectory(table: dict[str, float]) -> bool:
-    return bool({"expected", "prior", "probe"} & set(table))
+    return needs_weights(table) or "probe" in table
 
 
 def total_loss(x: Inputs, table: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -120,3 +120,18 @@ def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndar
 
 def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
     return (array[start : start + (1 << 20)] for start in range(0, len(array), 1 << 20))
+
+
+def token_bits(dataset: Dataset, *, order: int = 3) -> np.ndarray:
+    """(n_tokens,) what `baseline` pays for each token of the validation split: 0 for the first of a document."""
+    split = dataset.validation
+    symbols, offsets = _symbols(split, dataset.tokenizer)
+    inside = np.ones(len(symbols), dtype=bool)
+    inside[offsets[:-1]] = False
+    bits = np.zeros(len(symbols))
+    bits[inside] = baseline(dataset, order=order).bits
+    tokens = split.read(np.arange(split.n_tokens))
+    n_symbols = np.where(tokens == split.eos_id, 1, split.byte_lengths[tokens])
+    by_token = np.add.reduceat(bits, np.cumsum(n_symbols) - n_symbols)
+    by_token[np.asarray(split.offsets[:-1])] = 0  # its later bytes too: a model of tokens does not predict them
+    return by_token

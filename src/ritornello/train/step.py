@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ritornello.config import TrainConfig
+from ritornello.config import TrainConfig, default_exit
 from ritornello.model.context import Key
 from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -136,6 +136,8 @@ def _micro_step(
             checkpoint=train.checkpoint_activations,
             key=key,
             trajectory=losses.needs_trajectory(table),
+            weigh=losses.needs_weights(table),
+            exit=default_exit("act") if model.config.halting == "act" else None,  # its halted tokens stay frozen
             return_logits=False,
         )
         shares = plan.shares(rows)
