@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -65,8 +67,9 @@ def test_probe_reaches_the_probe_alone():
     state = x.trajectory[-1]
     p = x.model.logits(x.out.hidden)[state.rows].log_softmax(-1)
     q = x.model.logits(x.model.probe(state.h)).log_softmax(-1)
-    torch.testing.assert_close(loss, (p.exp() * (p - q)).sum(-1).sum() / 48)
-    assert loss > 1e-3
+    steps = [losses.probe(replace(x, key=Key(step=step))) for step in range(losses.PROBE_STRIDE)]
+    torch.testing.assert_close(torch.stack(steps).mean(), (p.exp() * (p - q)).sum(-1).sum() / 48)
+    assert loss > 1e-3 and abs(steps[0] - steps[1]) > 1e-3
 
 
 def test_probe_state_that_a_micro_batch_does_not_have():

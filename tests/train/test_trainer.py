@@ -48,7 +48,7 @@ def untimed(directory: Path) -> list[dict[str, Any]]:
 
 
 MODELS = {
-    "moe": ({"dropout": 0.1, "initial_state": "noise"}, {"optimizer": "muon", "microbatch_size": 2}, (3, 17, 30)),
+    "moe": ({"dropout": 0.1, "initial_state": "noise"}, {"optimizer": "muon"}, (3, 17, 30)),
     "gate": ({"halting": "gate"}, {"depth": "lognormal_poisson", "depth_ramp_steps": 9, "steps": 20}, (11,)),
 }
 
