@@ -383,10 +383,16 @@ class TrainConfig:
         require_float("mean_loops", self.mean_loops, self.min_loops, self.max_loops)
         for name in "lr muon_lr eps clip_norm".split():
             require_float(name, getattr(self, name), 0, open_low=True)
-        for name in "weight_decay depth_sigma router_bias_rate balance_weight ponder_weight probe_weight".split():
+        not_negative = "weight_decay depth_sigma router_bias_rate balance_weight ponder_weight probe_weight"
+        for name in f"{not_negative} halting_prior_weight".split():
             require_float(name, getattr(self, name), 0)
-        for name in "cooldown_fraction final_lr_fraction router_bias_cooldown momentum halting_prior_rate".split():
+        for name in "cooldown_fraction final_lr_fraction router_bias_cooldown momentum".split():
             require_float(name, getattr(self, name), 0, 1)
+        rate = self.halting_prior_rate
+        require(0 < rate < 1, "halting_prior_rate", rate, "in (0, 1)")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)"
+        )
         for n in self.eval_loops:
             require_int("eval_loops", n, 1, MAX_LOOPS)
         micro = self.microbatch_size or self.batch_size
@@ -423,6 +429,14 @@ class Recipe:
             train.backprop_loops,
             "0 when halting is trained jointly",
             "halting needs the gradient of every loop",
+        )
+        plain_name = self.name.isprintable() and "/" not in self.name and "\\" not in self.name
+        require(plain_name and self.name not in ("", ".", ".."), "name", self.name, "a plain name, without folders")
+        require(
+            train.halting_loss == "frozen" or model.read_out == "last",
+            "train.halting_loss",
+            train.halting_loss,
+            "'frozen' with the read-out 'mixture', which is trained through its one prediction",
         )
         require(
             train.halting_loss == "frozen" or model.halting in ("act", "gate"),

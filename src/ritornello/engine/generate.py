@@ -1,7 +1,8 @@
 """Continue texts with a trained model: a thin function over prefill and decode."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
@@ -14,7 +15,7 @@ from ritornello.engine.sampling import Sampling, sample
 from ritornello.model.cache import Cache
 from ritornello.model.halting import check_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.train import checkpoint
+from ritornello.train import checkpoint, tensors
 from ritornello.train.tokenizer import StreamDecoder, Tokenizer, from_json
 
 
@@ -43,14 +44,17 @@ def load(path: str | Path, *, device: str = "auto") -> Loaded:
     Raises:
         ValueError: nothing valid there; the file is named.
     """
-    found = checkpoint.load(path)
+    target, found = pick_device(device), checkpoint.load(path)
     with torch.device("meta"):
         model = RecurrentDepthTransformer(found.recipe.model)
+    tensors.check(found.model_state, model.state_dict(), found.directory / checkpoint.MODEL)
     model.load_state_dict(found.model_state, assign=True)
-    return Loaded(model.eval().to(pick_device(device)), from_json(found.tokenizer_json), found.recipe)
+    tokenizer, room = from_json(found.tokenizer_json), model.config.vocab_size
+    name, n_ids = f"{found.directory / checkpoint.TOKENIZER} vocab_size", tokenizer.vocab_size
+    require(n_ids <= room, name, n_ids, f"at most the model's {room}")
+    return Loaded(model.eval().to(target), tokenizer, found.recipe)
 
 
-@torch.inference_mode()
 def decode(
     model: RecurrentDepthTransformer,
     prompts: Sequence[Sequence[int]],
@@ -66,37 +70,44 @@ def decode(
 
     Shorter prompts are padded on the left and move on together. Ids from `vocab_size` on, which a padded embedding has
     beyond the tokenizer's, are never chosen. Without a cache everything is computed anew each time.
+
+    Raises:
+        ValueError: no prompt, an empty one, or one longer than max_seq_len; before anything is computed.
     """
-    config, device = model.config, model.norm.weight.device
-    sampling = sampling or Sampling()
-    require(len(prompts) > 0 and all(prompts), "prompts", [len(p) for p in prompts], "at least one token each")
-    longest = max(map(len, prompts))
-    require(longest <= config.max_seq_len, "prompt", f"{longest} tokens", f"at most max_seq_len = {config.max_seq_len}")
-    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    padding = [[-1] * (longest - len(p)) + [0] * len(p) for p in prompts]
-    documents = torch.tensor(padding, device=device) if any(len(p) < longest for p in prompts) else None
-    end = min(longest + n_new, config.max_seq_len)
-    cache = None
-    if use_cache:
-        depth = n_loops or config.n_loops
-        dtype = model.head_weight.dtype
-        cache = Cache(config, batch_size=len(prompts), max_len=end, n_loops=depth, dtype=dtype, device=device)
-    for index in range(end - longest):
-        out = model(tokens, n_loops=n_loops, exit=exit, documents=documents, cache=cache, return_logits=False)
-        chosen = sample(model.logits(out.hidden[:, -1])[:, :vocab_size], sampling, index=index)
-        yield chosen, out.loops_used[:, -1]
-        if cache is not None:
-            tokens, documents = chosen[:, None], None
-        else:
-            tokens = torch.cat((tokens, chosen[:, None]), 1)
-            documents = None if documents is None else torch.cat((documents, torch.zeros_like(tokens[:, :1])), 1)
+    config, device, lengths = model.config, model.norm.weight.device, [len(prompt) for prompt in prompts]
+    require(min(lengths, default=0) > 0, "prompts", lengths, "at least one, of at least one token each")
+    longest, limit = max(lengths), config.max_seq_len
+    require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
+    end = min(longest + n_new, limit)
+    how = sampling or Sampling()
+
+    @torch.inference_mode()
+    def steps() -> Iterator[tuple[Tensor, Tensor]]:
+        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        padding = [[-1] * (longest - n) + [0] * n for n in lengths]
+        documents = torch.tensor(padding, device=device) if min(lengths) < longest else None
+        cache = None
+        if use_cache:
+            depth, dtype = n_loops or config.n_loops, model.head_weight.dtype
+            cache = Cache(config, batch_size=len(prompts), max_len=end, n_loops=depth, dtype=dtype, device=device)
+        for index in range(end - longest):
+            out = model(tokens, n_loops=n_loops, exit=exit, documents=documents, cache=cache, return_logits=False)
+            chosen = sample(model.logits(out.hidden[:, -1])[:, :vocab_size], how, index=index)
+            yield chosen, out.loops_used[:, -1]
+            if cache is not None:
+                tokens, documents = chosen[:, None], None
+            else:
+                tokens = torch.cat((tokens, chosen[:, None]), 1)
+                documents = None if documents is None else torch.cat((documents, torch.zeros_like(tokens[:, :1])), 1)
+
+    return steps()
 
 
 class _Text:
     """One growing continuation: decodes, watches for stop strings, holds back what may become one."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+        self.tokenizer, self.stop = tokenizer, stop
         self.decoder = StreamDecoder(tokenizer)
         self.tokens: list[int] = []
         self.loops: list[int] = []
@@ -109,26 +120,27 @@ class _Text:
             return self.finish("end")
         self.tokens.append(token)
         self.loops.append(loops)
-        self.held += self.decoder.push([token])
-        found = [at for at in (self.held.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            self.held = self.held[: min(found)]
-            return self._release(len(self.held), "stop")
-        return self._release(len(self.held) - self._unsure(), "")
+        return self._grow(self.decoder.push([token]), "")
 
     def finish(self, reason: str) -> str:
-        self.held += self.decoder.finish()
-        return self._release(len(self.held), reason)
+        return self._grow(self.decoder.finish(), reason)
+
+    def _grow(self, new: str, reason: str) -> str:
+        """Of several stop strings the one complete first ends the text, however tokens cut it."""
+        self.held += new
+        found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.held, reason = self.held[: min(found)[1]], "stop"
+        certain = len(self.held) - (0 if reason else self._unsure())
+        piece, self.held, self.reason = self.held[:certain], self.held[certain:], reason
+        self.text += piece
+        return piece
 
     def _unsure(self) -> int:
         """Characters at the end that could be the beginning of a stop string."""
-        lengths = range(max(map(len, self.stop), default=1) - 1, 0, -1)
-        return next((n for n in lengths if any(s.startswith(self.held[-n:]) for s in self.stop if len(s) > n)), 0)
-
-    def _release(self, n: int, reason: str) -> str:
-        piece, self.held, self.reason = self.held[:n], self.held[n:], reason
-        self.text += piece
-        return piece
+        most = min(len(self.held), max(map(len, self.stop), default=1) - 1)
+        begins = lambda n: any(len(s) > n and s.startswith(self.held[-n:]) for s in self.stop)  # noqa: E731
+        return next(filter(begins, range(most, 0, -1)), 0)
 
 
 class Options(TypedDict, total=False):
@@ -137,7 +149,7 @@ class Options(TypedDict, total=False):
     max_tokens: int  # 256
     n_loops: int | None  # depth of each token, with `exit` the most it may reach; None: the model's own
     exit: ExitRule | None  # lets each token stop early; None: never
-    stop: Sequence[str]  # the text ends before the first of these
+    stop: str | Sequence[str]  # the text ends before the first of these
     use_cache: bool  # True
     temperature: float  # these five: see Sampling
     top_k: int | None
@@ -161,10 +173,10 @@ def generate(loaded: Loaded, prompts: str, **options: Unpack[Options]) -> Genera
 @overload
 def generate(loaded: Loaded, prompts: Sequence[str], **options: Unpack[Options]) -> list[Generation]: ...
 def generate(loaded: Loaded, prompts: str | Sequence[str], **options: Unpack[Options]) -> Generation | list[Generation]:
-    """Continue one text, or several at once: row i samples with seed + i.
+    """Continue one text, or several at once: row i samples with seed + i, and is what it would be alone.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, before anything is computed.
     """
     texts, steps = _start(loaded, [prompts] if isinstance(prompts, str) else prompts, **options)
     for _ in steps:
@@ -180,7 +192,7 @@ def _start(
     max_tokens: int = 256,
     n_loops: int | None = None,
     exit: ExitRule | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     use_cache: bool = True,
     **sampling: Any,
 ) -> tuple[list[_Text], Iterator[list[str]]]:
@@ -188,18 +200,37 @@ def _start(
     require_int("max_tokens", max_tokens, 1)
     if n_loops is not None:
         require_int("n_loops", n_loops, 1, MAX_LOOPS)
-    check_exit(loaded.model.config, exit)
-    tokenizer, checked = loaded.tokenizer, Sampling(**sampling)
+    model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
+    check_exit(model.config, exit)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    require(all(stops), "stop", stop, "texts, none empty")
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    texts = [_Text(tokenizer, stop) for _ in prompts]
+    require(len(ids) > 0, "prompts", prompts, "at least one text")
+    texts, lengths = [_Text(tokenizer, stops) for _ in ids], [len(row) for row in ids]
+    cramped = min(lengths) < max(lengths) and max(lengths) + max_tokens > model.config.max_seq_len
+    size = 1 if cramped else len(ids)  # together, padding would take a shorter text's room
+    runs = []
+    for first in range(0, len(ids), size):
+        rows = slice(first, first + size)
+        run = decode(
+            model,
+            ids[rows],
+            n_new=max_tokens,
+            vocab_size=tokenizer.vocab_size,
+            n_loops=n_loops,
+            exit=exit,
+            sampling=replace(checked, seed=checked.seed + first),
+            use_cache=use_cache,
+        )
+        runs.append(_write(texts[rows], run))
+    return texts, chain.from_iterable(runs)
 
-    def steps() -> Iterator[list[str]]:
-        how = {"n_loops": n_loops, "exit": exit, "sampling": checked, "use_cache": use_cache}
-        for chosen, loops in decode(loaded.model, ids, n_new=max_tokens, vocab_size=tokenizer.vocab_size, **how):
-            rows = zip(texts, chosen.tolist(), loops.tolist(), strict=True)
-            yield ["" if text.reason else text.push(token, used) for text, token, used in rows]
-            if all(text.reason for text in texts):
-                return
-        yield ["" if text.reason else text.finish("length") for text in texts]
 
-    return texts, steps()
+def _write(texts: Sequence[_Text], run: Iterator[tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
+    """Hand each text its tokens until it ends."""
+    for chosen, loops in run:
+        rows = zip(texts, chosen.tolist(), loops.tolist(), strict=True)
+        yield ["" if text.reason else text.push(token, used) for text, token, used in rows]
+        if all(text.reason for text in texts):
+            return
+    yield ["" if text.reason else text.finish("length") for text in texts]

@@ -11,9 +11,9 @@ from ritornello.ops.noise import fold, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature 0 takes the likeliest token. Of the tempered distribution `top_k` keeps the k likeliest, `top_p` the
-    fewest that sum to p (nucleus, 1904.09751), `min_p` those of at least that share of the likeliest's probability
-    (2407.01082). None: no limit."""
+    """temperature 0 takes the likeliest token. Of the tempered distribution `top_k` keeps the k likeliest and what ties
+    with the last, `top_p` the fewest of these that sum to p of them (nucleus, 1904.09751), `min_p` those of at least
+    that share of the likeliest's probability (2407.01082). None: no limit."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -35,11 +35,12 @@ class Sampling:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """(B, V) -> (B, V), the distribution that is sampled. temperature > 0."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)  # less would divide by 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # 1 keeps all, though rounded shares may sum to it early
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
@@ -56,6 +57,7 @@ def sample(logits: Tensor, sampling: Sampling, *, index: int) -> Tensor:
         return logits.argmax(-1)
     seeds = sampling.seed + torch.arange(len(logits), device=logits.device)
     threshold = uniform(fold(fold(seeds, 0), index))[:, None]
-    cumulative = probabilities(logits, sampling).cumsum(-1)
-    reached = cumulative > threshold.to(cumulative.dtype) * cumulative[:, -1:]
+    shares = probabilities(logits, sampling)
+    cumulative = shares.cumsum(-1).where(shares > 0, 0)  # no rounding may let a token in that was left out
+    reached = cumulative >= threshold.to(shares.dtype) * cumulative.amax(-1, keepdim=True)
     return reached.to(torch.uint8).argmax(-1)  # the first that is reached

@@ -64,7 +64,9 @@ class Layer(nn.Module):
     def _feed_forward(self, y: Tensor, now: Pass) -> tuple[Tensor, Routed | None]:
         if isinstance(self.mlp, FeedForward):
             return self.mlp(y, now.table), None
-        y, routed = self.mlp(y, now.table, now.context.real())
+        real, running = now.context.real(), now.running
+        counted = running if real is None else real if running is None else real & running
+        y, routed = self.mlp(y, now.table, counted)
         if now.context.capture is not None:
             now.context.capture.add(f"{self.layer}.experts", now.loop, routed.indices)
         return y, routed

@@ -293,16 +293,18 @@ class RecurrentDepthTransformer(nn.Module):
             out.routing = Routing(torch.zeros(shape, dtype=torch.int64, device=e.device))
         if context.capture is not None:
             context.capture.add("e", 0, e)
-        balance, state = [], None
+        balance, n_rows, state = [], 0, None
         for state in self.iterate(e, context, run):
             if out.routing is not None:
                 out.routing.count(state, None if real is None else real[state.rows])
             if out.trajectory is not None:
                 out.trajectory.append(state)
-            balance += [routed.balance for routed in state.routed if routed.balance.requires_grad]
+            found = [routed.balance for routed in state.routed if routed.balance.requires_grad]
+            balance += [len(state.rows) * x for x in found]
+            n_rows += len(state.rows) * len(found)
         assert state is not None
         if balance:
-            out.aux["balance"] = torch.stack(balance).mean()
+            out.aux["balance"] = torch.stack(balance).sum() / n_rows
         depth = run.depth
         out.loops_used = depth.restore(state.loops_used)
         if state.halt is not None and isinstance(self.halting.head, ActHead):
