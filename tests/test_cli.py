@@ -189,7 +189,7 @@ def test_generate_streams(capsys: pytest.CaptureFixture[str], generator: Backend
     assert (code, out, err) == (0, "ab\n", "")
     (load_args, load_options), (stream_args, options) = generator.calls
     assert (load_args, load_options) == ((Path("run"),), {"device": "cpu"})
-    assert stream_args == ("model", "tokenizer", "--x")
+    assert (stream_args[0].model, stream_args[1]) == ("model", "--x")
     assert options == {
         "max_tokens": 5,
         "n_loops": 4,
@@ -210,7 +210,7 @@ def test_generate_forces_the_depth_unless_asked(capsys: pytest.CaptureFixture[st
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"parameters": 1_003_000_000, "share": {"experts": 0.75}, "name": "x"}
-    backend = Backend(monkeypatch, "ritornello.model.accounting", describe=lambda config: facts)
+    backend = Backend(monkeypatch, "ritornello.accounting", describe=lambda config: facts)
     code, out, _ = run(capsys, "info", "1b", "--attention", "mla", "--json")
     assert code == 0 and json.loads(out) == facts
     assert backend.calls[0][0][0].attention == "mla"
@@ -313,7 +313,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 """
 IN_A_WATCHED_PROCESS = "from ritornello.cli import main; sys.exit(main())"
-BACKENDS = ("train.trainer", "engine.generate", "model.accounting")
+BACKENDS = ("train.trainer", "engine.generate", "accounting")
 BUILT = all(find_spec(f"ritornello.{name}") for name in BACKENDS)
 
 

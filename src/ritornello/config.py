@@ -430,6 +430,13 @@ class Recipe:
             "0 when halting is trained jointly",
             "halting needs the gradient of every loop",
         )
+        cut_off = truncated and model.injection == "none" and not model.is_plain
+        require(
+            not cut_off,
+            "train.backprop_loops",
+            train.backprop_loops,
+            "0 with injection 'none', whose input enters before the first loop only",
+        )
         plain_name = self.name.isprintable() and "/" not in self.name and "\\" not in self.name
         require(plain_name and self.name not in ("", ".", ".."), "name", self.name, "a plain name, without folders")
         require(

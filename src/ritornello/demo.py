@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ritornello import recipes
+from ritornello.accounting import count_parameters
 from ritornello.config import ModelConfig, Recipe, default_exit
 from ritornello.engine.generate import Loaded, generate, load
-from ritornello.model.accounting import count_parameters
 from ritornello.progress import Progress
 from ritornello.train import files, metrics, ngram
 from ritornello.train.data import NO_LABEL, Batch, Rows, prepare

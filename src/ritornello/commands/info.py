@@ -24,7 +24,7 @@ class Info(Command):
 
         config = preset(self.name, attention=self.attention)
 
-        from ritornello.model.accounting import describe
+        from ritornello.accounting import describe
 
         facts = describe(config)
         if self.json:

@@ -188,7 +188,8 @@ class RecurrentDepthTransformer(nn.Module):
                     joining = self.start(e[new], context.select(new), rows[new], run)
                     state, started = joining if state is None else state.join(joining), m
                 assert state is not None
-                state = self._advance(state, e[:m], context if m == len(e) else context.select(slice(m)), i, run)
+                here = (e, context) if m == len(e) else (e[:m], context.select(slice(m)))
+                state = self._advance(state, *here, i, run)
             yield state
             if run.exit is not None and not gradients and state.halt is not None and bool(state.halt.halted.all()):
                 return

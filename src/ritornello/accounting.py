@@ -68,7 +68,7 @@ def _layer(c: ModelConfig, span: float, decode: bool, *, looped: bool) -> dict[s
 
 
 def _once(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
-    """dict[str, Cost] that run once. Of a table that is looked up, all rows but one lie idle."""
+    """Parts that run once. Of a table that is looked up, all rows but one lie idle."""
     layer = sum(_layer(c, span, decode, looped=False).values(), Cost())
     table, tied = c.vocab_size * c.dim, c.tie_embeddings
     return {
@@ -85,15 +85,15 @@ def _per_loop(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
         return {}
     dim, table, n = c.dim, c.vocab_size * c.dim, c.carry_streams
     lti = Cost(2 * dim) + (_matrix(dim, dim) if c.injection_matrix else Cost(dim))
-    heads = {"act": Cost(dim + 1, 0, dim), "gate": Cost(161, 0, 128)}
-    probe = Cost(dim * (dim + 1), 0, dim * dim + table if c.halting == "gate" else 0)  # others read it on exit alone
+    linear = Cost(2 * dim * dim, 0, 2 * dim * dim * n)
+    heads = {"act": Cost(dim + 1, 0, dim), "gate": Cost(161)}  # the gate, 3-32-1, runs on request only, as the probe
     return {
         **{name: cost * c.n_recurrent_layers for name, cost in _layer(c, span, decode, looped=True).items()},
-        "injection": {"lti": lti, "linear": _matrix(2 * dim, dim), "add": Cost(), "none": Cost()}[c.injection],
+        "injection": {"lti": lti, "linear": linear, "add": Cost(), "none": Cost()}[c.injection],
         "carry": Cost(n * (n + 2), 0, n * (n + 1) * dim) if n > 1 else Cost(),
         "anchor": Cost(work=2 * table if c.anchored else 0),
         "loop_embedding": Cost(c.n_loops * dim + 1, (c.n_loops - 1) * dim) if c.loop_embedding else Cost(),
-        "probe": probe if c.needs_probe else Cost(),
+        "probe": Cost(dim * (dim + 1)) if c.needs_probe else Cost(),
         "halting": heads.get(c.halting, Cost()),
     }
 
@@ -110,8 +110,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Any]:
 def flops_per_token(
     config: ModelConfig, *, seq_len: int, n_loops: int, training: bool, convention: Convention, backprop_loops: int = 0
 ) -> int:
-    """FLOPs of one token among `seq_len`: the forward pass without an exit rule; in `training` also the backward pass,
-    twice what it passes through: the last `backprop_loops` loops (0: all). Checkpointing's recomputation is extra."""
+    """FLOPs of one token among `seq_len`: the forward pass; in `training` also the backward pass, twice the products it
+    passes: those of the last `backprop_loops` loops (0: all). Extra: recomputation; a probe and gate that are read."""
     require_int("seq_len", seq_len, 1)
     require_int("n_loops", n_loops, 1, MAX_LOOPS)
     require_int("backprop_loops", backprop_loops, 0, MAX_LOOPS)
@@ -119,10 +119,9 @@ def flops_per_token(
     require(not training or convention != "decode", "convention", convention, "'full' or 'causal' in training")
     span = (seq_len + 1) / 2 if convention == "causal" else seq_len
     once, looped = (parts(config, span, convention == "decode") for parts in (_once, _per_loop))
-    probe = looped.pop("probe", Cost()).work  # it reads the initial state too, and gets no gradient
     n_backward = min(n_loops, backprop_loops or n_loops) if training else 0
-    work = sum(once.values(), Cost()).work * (3 if training else 1) + probe * (n_loops + 1)
-    return round(2 * (work + sum(looped.values(), Cost()).work * (n_loops + 2 * n_backward)))
+    work = sum(looped.values(), Cost()).work * (n_loops + 2 * n_backward)
+    return round(2 * (work + sum(once.values(), Cost()).work * (3 if training else 1)))
 
 
 def kv_bytes_per_token(config: ModelConfig, *, n_loops: int, policy: CachePolicy, bytes_per_number: int = 2) -> int:
