@@ -61,11 +61,18 @@ def pick(table: Mapping[str, Entry], name: str, field_name: str) -> Entry:
     return table[name]
 
 
-def require_literals(config: Any) -> None:
-    """Check every field annotated with a Literal against its choices."""
+def require_kinds(config: Any) -> None:
+    """Check every field annotated as a Literal, a bool or a tuple of Literals."""
     for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if get_origin(hint) is Literal:
-            require_choice(name, getattr(config, name), get_args(hint))
+            require_choice(name, value, get_args(hint))
+        elif hint is bool:
+            require(isinstance(value, bool), name, value, "True or False")
+        elif get_origin(hint) is tuple:
+            require(isinstance(value, tuple), name, value, "a tuple")
+            for entry in value if get_origin(get_args(hint)[0]) is Literal else ():
+                require_choice(name, entry, get_args(get_args(hint)[0]))
 
 
 MAX_LOOPS = 4096  # a bound on what one request may cost, not on the model: the state stays bounded for any number
@@ -143,15 +150,13 @@ class ModelConfig:
         for name in "n_prelude_layers n_recurrent_layers n_coda_layers lora_rank q_lora_rank n_shared_experts".split():
             require_int(name, getattr(self, name), 0)
         require_int("n_loops", self.n_loops, 1, MAX_LOOPS)
-        require_literals(self)
+        require_kinds(self)
         layers = self.n_prelude_layers + self.n_recurrent_layers + self.n_coda_layers
         require(layers > 0, "n_recurrent_layers", 0, "> 0 when n_prelude_layers and n_coda_layers are 0")
         require_float("norm_eps", self.norm_eps, 0, 1, open_low=True)
         require_float("rope_theta", self.rope_theta, 1, open_low=True)
         require_float("dropout", self.dropout, 0, 0.99)
         require_float("router_scale", self.router_scale, 0, open_low=True)
-        for target in self.lora_targets:
-            require_choice("lora_targets", target, get_args(LoraTarget))
         self._check_attention()
         self._check_experts()
         self._check_recurrence()
@@ -270,7 +275,7 @@ class ExitRule:
     min_loops: int = 1
 
     def __post_init__(self) -> None:
-        require_literals(self)
+        require_kinds(self)
         require_float("exit threshold", self.threshold, 0, 1.0 if self.rule in ("hazard", "cumulative") else math.inf)
         require_int("min_loops", self.min_loops, 1, MAX_LOOPS)
 
@@ -311,7 +316,7 @@ class DataConfig:
     isolate_documents: bool = True  # attention never crosses a document boundary
 
     def __post_init__(self) -> None:
-        require_literals(self)
+        require_kinds(self)
         require_int("seq_len", self.seq_len, 1)
         require_int("bpe_vocab_size", self.bpe_vocab_size, 260, 2**31)
         require_float("validation_fraction", self.validation_fraction, 0, 0.9, open_low=True)
@@ -372,7 +377,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        require_literals(self)
+        require_kinds(self)
         for name in "steps batch_size log_every eval_every eval_batches save_every min_loops max_loops".split():
             require_int(name, getattr(self, name), 1)
         for name in "microbatch_size warmup_steps depth_ramp_steps backprop_loops router_bias_min_tokens".split():

@@ -48,6 +48,8 @@ def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
     else:
         shift = _shift(model)
         change = sum(layer_bound(layer, shift) for layer in layers)
+    if rho > 1 and n_loops * math.log(rho) > 700:
+        return math.inf  # beyond what a float holds
     steps = n_loops if rho == 1 else (1 - rho**n_loops) / (1 - rho)
     return max(start, rho**n_loops * start + steps * (inflow + write * change))
 

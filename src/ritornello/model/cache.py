@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ritornello.config import CachePolicy, ModelConfig, require, require_choice, require_int
+from ritornello.config import MAX_LOOPS, CachePolicy, ModelConfig, require, require_choice, require_int
 from ritornello.model.context import Loop
 
 
@@ -66,6 +66,7 @@ class Cache(KeyValues):
     ) -> None:
         require_int("batch_size", batch_size, 1)
         require_int("max_len", max_len, 1)
+        require_int("n_loops", n_loops or (config.n_loops if n_loops is None else n_loops), 1, MAX_LOOPS)
         require_choice("policy", policy, ("per_loop", "last", "first"))
         self.policy: CachePolicy = "first" if config.kv_sharing == "first" else policy
         self.n_slots = (n_loops or config.n_loops) if self.policy == "per_loop" else 1

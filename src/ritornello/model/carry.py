@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ritornello.config import ModelConfig
 from ritornello.model.context import Context, Key
 from ritornello.model.injection import at_least_float32
 from ritornello.ops.noise import fold, normal
@@ -73,19 +72,13 @@ class HyperConnections(nn.Module):
         return e[..., None, :]
 
     def read(self, u: Tensor) -> Tensor:
-        return torch.einsum("btnd,n->btd", u, self.read_weight.to(u.dtype))
+        return (u * self.read_weight.to(u.dtype)[:, None]).sum(-2)
 
     def write(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """`x` is what the block read, `y` what it made of it; their difference is its change."""
-        mixed = torch.einsum("mn,btnd->btmd", self.mixing.to(u.dtype).softmax(-1), u)
+        with torch.autocast(u.device.type, enabled=False):
+            mixed = self.mixing.to(u.dtype).softmax(-1) @ u
         return mixed + self.write_weight.to(u.dtype)[:, None] * (y - x)[..., None, :]
 
     def mean(self, h: Tensor) -> Tensor:
         return h.mean(-2)
-
-
-Carry = SingleStream | HyperConnections
-
-
-def build_carry(config: ModelConfig) -> Carry:
-    return SingleStream() if config.carry_streams == 1 else HyperConnections(config.carry_streams)

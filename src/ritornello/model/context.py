@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ritornello.config import ModelConfig, require
+from ritornello.config import ModelConfig, require, require_int
 from ritornello.ops.attention import rotary_tables
 from ritornello.ops.noise import fold, uniform
 
@@ -26,6 +26,10 @@ class Key:
     seed: int = 0
     step: int = 0
     sequences: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require_int("key.seed", self.seed, 0, 2**63 - 1)
+        require_int("key.step", self.step, 0, 2**63 - 1)
 
     def fold(self, positions: Tensor, *counters: Loop) -> Tensor:
         """An int64 key (B, T) for each position, distinct for distinct `counters`."""
@@ -98,9 +102,11 @@ def build_context(
     A token's position is the number of tokens before it, in its own document where documents are in use.
     """
     shape, n_past, past = x.shape[:2], 0, None
-    for name, given in (("positions", positions), ("documents", documents)):
-        shown = None if given is None else tuple(given.shape)
-        require(given is None or given.shape == shape, name, shown, f"of shape (B, T) = {tuple(shape)}")
+    given = {"positions": positions, "documents": documents, "key.sequences": key.sequences if key else None}
+    for name, tensor in given.items():
+        wanted, axes = (shape[:1], "(B,)") if name == "key.sequences" else (shape, "(B, T)")
+        if tensor is not None:
+            require(tensor.shape == wanted, name, tuple(tensor.shape), f"of shape {axes} = {tuple(wanted)}")
     if cache is not None:
         documents = cache.begin(config, (x.shape[0], x.shape[1]), documents)
         n_past, past = cache.length, cache.documents

@@ -50,6 +50,9 @@ class Depth:
     def of(n_loops: "int | Tensor | Depth", shape: tuple[int, int]) -> "Depth":
         """Whatever the caller gave as n_loops, for tokens of `shape` (B, T)."""
         if isinstance(n_loops, Depth):
+            plan = n_loops.budgets if n_loops.starts is None else n_loops.starts
+            ok = plan is None or (plan.shape[0] == shape[0] and plan.shape[1] in (1, shape[1]))
+            require(ok, "n_loops", None if plan is None else tuple(plan.shape), f"a plan for (B, T) = {shape}")
             return n_loops
         if not isinstance(n_loops, Tensor):
             return Depth.uniform(n_loops)

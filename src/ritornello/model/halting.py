@@ -132,17 +132,16 @@ class HaltState:
 
     def join(self, other: "HaltState") -> "HaltState":
         """Rows that start now, below those under way."""
-        joined: dict[str, Any] = {}
-        for f in fields(self):
-            mine, new = getattr(self, f.name), getattr(other, f.name)
-            joined[f.name] = None if mine is None else torch.cat((mine, new))
-        return HaltState(**joined)
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        joined: list[Any] = [None if mine is None else torch.cat((mine, new)) for mine, new in pairs]
+        return HaltState(*joined)
 
 
 def check_exit(config: ModelConfig, rule: ExitRule | None) -> None:
     """Whether a model of this kind can follow this rule."""
     if rule is None:
         return
+    require(isinstance(rule, ExitRule), "exit", rule, "an ExitRule or None")
     require(not config.is_plain, "exit", rule.rule, "absent for a plain model, which has no loops to leave")
     learned = rule.rule in LEARNED_RULES
     if learned:
@@ -181,10 +180,9 @@ class Halting(nn.Module):
     ) -> HaltState:
         """After a loop that all but the `idle` (m, T) ran: who stops, and what this loop weighs. A last loop takes
         all that is left, whether it stops by itself or its budget ends, so that its weights sum to 1."""
-        consulted = self.head if self.consults(rule) else None
         stopping = torch.zeros_like(state.survival)
-        if consulted is not None:
-            stopping = consulted.stopping(now, state.survival)
+        if self.head is not None and self.consults(rule):
+            stopping = self.head.stopping(now, state.survival)
         if rule is not None:
             last = last | self._leaves(state, now, rule, stopping) & (loop + 1 >= rule.min_loops)
         ends = last & ~idle

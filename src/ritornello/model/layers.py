@@ -39,10 +39,10 @@ class Layer(nn.Module):
         super().__init__()
         self.norm_kind, self.dropout, self.layer = config.norm, config.dropout, layer
         self.self_attn = ATTENTION[config.attention](config, layer=layer, looped=looped)
-        routed = looped and config.ffn == "moe"
-        self.mlp = (
-            MixtureOfExperts(config, looped=looped) if routed else FeedForward(config, config.ffn_dim, looped=looped)
-        )
+        if looped and config.ffn == "moe":
+            self.mlp = MixtureOfExperts(config, looped=looped)
+        else:
+            self.mlp = FeedForward(config, config.ffn_dim, looped=looped)
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         if config.norm != "pre":
@@ -64,9 +64,7 @@ class Layer(nn.Module):
     def _feed_forward(self, y: Tensor, now: Pass) -> tuple[Tensor, Routed | None]:
         if isinstance(self.mlp, FeedForward):
             return self.mlp(y, now.table), None
-        real, running = now.context.real(), now.running
-        counted = running if real is None else real if running is None else real & running
-        y, routed = self.mlp(y, now.table, counted)
+        y, routed = self.mlp(y, now.table, [mask for mask in (now.context.real(), now.running) if mask is not None])
         if now.context.capture is not None:
             now.context.capture.add(f"{self.layer}.experts", now.loop, routed.indices)
         return y, routed

@@ -1,5 +1,6 @@
 """The mixture of experts of DeepSeek-V3 (2412.19437, §2.1.2): routed experts, shared experts, balance by a bias."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,21 +102,20 @@ class MixtureOfExperts(nn.Module):
         width = config.n_shared_experts * config.expert_dim
         self.shared_experts = FeedForward(config, width, looped=looped) if width else None
 
-    def forward(self, x: Tensor, table: Loop, counted: Tensor | None) -> tuple[Tensor, Routed]:
-        """x (B, T, D); counted (B, T or 1) bool: tokens in the balance loss, None: all."""
+    def forward(self, x: Tensor, table: Loop, masks: list[Tensor]) -> tuple[Tensor, Routed]:
+        """x (B, T, D); masks (B, T or 1) bool: tokens that count in the balance loss."""
         indices, weights, scores = self.router(x, table)
         y = self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view(x.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, table)
-        return y, Routed(indices, self._balance(indices, scores, counted))
+        return y, Routed(indices, self._balance(indices, scores, masks))
 
-    def _balance(self, indices: Tensor, scores: Tensor, counted: Tensor | None) -> Tensor:
+    def _balance(self, indices: Tensor, scores: Tensor, masks: list[Tensor]) -> Tensor:
         """Sequence-level balance loss (eq. 17-20), 1 at perfect balance, mean over sequences."""
         if not (self.training and torch.is_grad_enabled()):
             return scores.new_zeros(())
         c = self.config
-        mask = torch.ones_like(scores[..., :1])
-        mask = mask if counted is None else mask * counted[..., None]
+        mask = math.prod((mask[..., None] for mask in masks), start=torch.ones_like(scores[..., :1]))
         n_tokens = mask.sum(1).clamp(min=1)
         chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
         frequency = chosen.sum(1) * (c.n_experts / c.n_active_experts) / n_tokens

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ritornello.config import MAX_LOOPS, ExitRule, ModelConfig, require, require_int
 from ritornello.model.bound import state_bound
 from ritornello.model.cache import Cache, KeyValues, Passing
-from ritornello.model.carry import build_carry, initial_state
+from ritornello.model.carry import HyperConnections, SingleStream, initial_state
 from ritornello.model.context import Capture, Context, Key, Loop, build_context
 from ritornello.model.depth import Depth
 from ritornello.model.halting import ActHead, Halting, Probe, Signals, check_exit
@@ -74,7 +74,7 @@ class RecurrentDepthTransformer(nn.Module):
         if not c.is_plain:
             self.input_norm = RMSNorm(c.dim, c.norm_eps)
             self.injection = INJECTIONS[c.injection](c)
-            self.carry = build_carry(c)
+            self.carry = SingleStream() if c.carry_streams == 1 else HyperConnections(c.carry_streams)
             self.loop_embedding = _table(c.n_loops, c.dim) if c.loop_embedding else None
             self.loop_embedding_scale = nn.Parameter(torch.empty(())) if c.loop_embedding else None
             self.anchor_norm = RMSNorm(c.dim, c.norm_eps) if c.anchored else None
@@ -82,6 +82,8 @@ class RecurrentDepthTransformer(nn.Module):
             self.halting = Halting(c)
         if not self.norm.weight.is_meta:
             self.init_weights(seed)
+
+    state_bound = state_bound  # (n_loops) -> the largest ‖h‖ that any tokens can reach
 
     def init_weights(self, seed: int = 0) -> None:
         """Draw every parameter anew, in place."""
@@ -191,7 +193,8 @@ class RecurrentDepthTransformer(nn.Module):
                 here = (e, context) if m == len(e) else (e[:m], context.select(slice(m)))
                 state = self._advance(state, *here, i, run)
             yield state
-            if run.exit is not None and not gradients and state.halt is not None and bool(state.halt.halted.all()):
+            may_end = run.exit is not None and not gradients and m == len(e)
+            if may_end and state.halt is not None and bool(state.halt.halted.all()):
                 return
 
     def _advance(self, state: LoopState, e: Tensor, context: Context, iteration: int, run: Run) -> LoopState:
@@ -322,7 +325,8 @@ class RecurrentDepthTransformer(nn.Module):
     def _check(self, tokens: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None) -> Tensor:
         """The embedded input (B, T, D). Ids are checked on a CPU only: elsewhere that would wait for the device."""
         c = self.config
-        require((tokens is None) != (inputs_embeds is None), "tokens", tokens, "given, or else inputs_embeds")
+        both = None if tokens is None else "beside inputs_embeds"
+        require((tokens is None) != (inputs_embeds is None), "tokens", both, "given, or else inputs_embeds")
         if tokens is None:
             assert inputs_embeds is not None
             ok = inputs_embeds.ndim == 3 and inputs_embeds.shape[-1] == c.dim and inputs_embeds.numel() > 0
@@ -335,17 +339,12 @@ class RecurrentDepthTransformer(nn.Module):
             require(ok and tokens.numel() > 0, "tokens", tuple(tokens.shape), f"of shape {shape}, not empty")
             if tokens.device.type == "cpu":
                 low, high = (int(x) for x in tokens.aminmax())
-                require(
-                    low >= 0 and high < c.vocab_size, "tokens", low if low < 0 else high, f"in [0, {c.vocab_size - 1}]"
-                )
+                bad = low if low < 0 else high
+                require(low >= 0 and high < c.vocab_size, "tokens", bad, f"in [0, {c.vocab_size - 1}]")
             x = self.embed(tokens)
         length = x.shape[1] + (cache.length if cache is not None else 0)
         require(length <= c.max_seq_len, "tokens", f"{length} positions", f"at most max_seq_len = {c.max_seq_len}")
         return x
-
-    def state_bound(self, n_loops: int) -> float:
-        """The largest ‖h‖ that any tokens can reach within `n_loops` loops; see bound.py."""
-        return state_bound(self, n_loops)
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, *, rate: float, min_tokens: int = 0) -> None:

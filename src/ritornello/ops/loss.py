@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ritornello.config import require_choice
+
 CHUNK_NUMBERS = 2**24  # logits held at once: 64 MiB in float32
 
 
@@ -22,6 +24,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, redu
         hidden: (N, D); weight: (V, D); labels: (N,) int64, -100 where there is no target (its loss is 0).
         reduction: "none" (N,), "sum", or "mean" over the tokens that have a target.
     """
+    require_choice("reduction", reduction, ("mean", "sum", "none"))
     size = max(1, CHUNK_NUMBERS // weight.shape[0])
     if hidden.shape[0] <= size:
         losses = linear_cross_entropy_ref(hidden, weight, labels)

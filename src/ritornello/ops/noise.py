@@ -28,8 +28,8 @@ def fold(key: Tensor, counter: Tensor | int) -> Tensor:
 
 
 def uniform(key: Tensor) -> Tensor:
-    """float32 in (0, 1), one for each key: 24 bits, shifted by half a step so that neither end occurs."""
-    return (_shift(key, 40).to(torch.float32) + 0.5) * 2**-24
+    """float32 in (0, 1), one for each key: 23 bits, shifted by half a step so that neither end occurs, even rounded."""
+    return (_shift(key, 41).to(torch.float32) + 0.5) * 2**-23
 
 
 def normal(key: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""Fused attention against its definition, and rotation against complex numbers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ritornello.ops.attention import attention, attention_ref, rotary_tables, rotate
+from tests.model.builders import close, differ
+
+SHAPES = {
+    "causal": (2, 4, 2, 5, 5, None),
+    "one query": (2, 4, 4, 1, 6, None),
+    "one token": (1, 2, 1, 1, 1, None),
+    "chunk": (2, 4, 1, 3, 7, "chunk"),
+    "documents": (3, 4, 2, 6, 6, "documents"),
+}
+
+
+def case(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    batch, heads, groups, n_queries, n_keys, kind = SHAPES[name]
+    q = torch.randn(batch, heads, n_queries, 6, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(batch, groups, n_keys, 6, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(batch, groups, n_keys, 5, dtype=torch.float64, requires_grad=True)
+    mask = None
+    if kind is not None:
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)[None, None]
+    if kind == "documents":
+        ids = torch.tensor([[0, 0, 0, 1, 1, 1], [-1, -1, 2, 2, 2, 2], [0, 1, 2, 3, 4, 5]])
+        mask = mask & (ids[:, None, :, None] == ids[:, None, None, :])
+    return q, k, v, mask
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_its_definition(name: str) -> None:
+    q, k, v, mask = case(name)
+    results = []
+    for function in (attention, attention_ref):
+        y = function(q, k, v, mask=mask, scale=0.3)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (q, k, v))))
+    for fast, defined in zip(*results, strict=True):
+        close(fast, defined, 1e-12)
+    if k.shape[2] > 1:
+        differ(attention(q, k, v, mask=mask, scale=0.31), results[1][0])
+
+
+def test_a_mask_is_obeyed_exactly() -> None:
+    q, k, v, mask = case("documents")
+    y = attention(q, k, v, mask=mask, scale=0.3)
+    (grad,) = torch.autograd.grad(y[0, :, 3:].sum(), v)
+    assert not grad[0, :, :3].any() and not grad[1:].any() and grad[0, :, 3:].all()
+
+
+def test_a_chunk_without_its_mask_is_refused() -> None:
+    q, k, v, _ = case("chunk")
+    with pytest.raises(AssertionError):
+        attention(q, k, v, mask=None, scale=1.0)
+
+
+def test_rotation_is_a_complex_phase() -> None:
+    positions = torch.tensor([[0, 1, 2, 77], [5, 4, 3, 1000]])
+    x = torch.randn(2, 4, 3, 8, dtype=torch.float64)
+    tables = rotary_tables(positions, dim=8, theta=100.0, dtype=torch.float64)
+    phase = positions[..., None, None] * 100.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    z = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(phase), phase)
+    close(rotate(x, tables), torch.cat((z.real, z.imag), -1))
+    close(rotate(x, tables).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_rotation_is_relative() -> None:
+    """Scores depend on the distance of two positions alone: a shared shift of all positions changes nothing."""
+    q, k = torch.randn(1, 5, 2, 8, dtype=torch.float64), torch.randn(1, 5, 2, 8, dtype=torch.float64)
+
+    def scores(shift: int) -> Tensor:
+        tables = rotary_tables(torch.arange(5)[None] + shift, dim=8, theta=1e4, dtype=torch.float64)
+        return torch.einsum("bthd,bshd->bhts", rotate(q, tables), rotate(k, tables))
+
+    close(scores(0), scores(1000))
+    differ(scores(0), torch.einsum("bthd,bshd->bhts", q, k))
+
+
+def test_tables_are_precise_at_far_positions() -> None:
+    positions = torch.tensor([[4095]])
+    small = rotary_tables(positions, dim=8, theta=1e4, dtype=torch.bfloat16)[0]
+    exact = rotary_tables(positions, dim=8, theta=1e4, dtype=torch.float64)[0]
+    torch.testing.assert_close(small.double(), exact, atol=4e-3, rtol=0)

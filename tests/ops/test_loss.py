@@ -1,0 +1,88 @@
+"""Cross entropy in chunks is cross entropy."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ritornello.ops import loss
+from ritornello.ops.loss import linear_cross_entropy, linear_cross_entropy_ref
+from tests.model.builders import close, differ
+
+N, D, V = 23, 6, 11
+
+
+def case() -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(V, (N,))
+    labels[::5] = -100
+    return hidden, weight, labels
+
+
+def by_hand(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    losses = []
+    for h, label in zip(hidden, labels.tolist(), strict=True):
+        scores = weight @ h
+        losses.append(scores.exp().sum().log() - scores[label] if label != -100 else scores.sum() * 0)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 22, 23, 1000])
+def test_equals_its_definition(chunk_tokens: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_NUMBERS", chunk_tokens * V)
+    hidden, weight, labels = case()
+    reduce = {"none": lambda x: x, "sum": torch.sum, "mean": lambda x: x.sum() / (labels != -100).sum()}[reduction]
+    for reference in (linear_cross_entropy_ref, by_hand):
+        fast = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+        slow = reduce(reference(hidden, weight, labels))
+        close(fast, slow, 1e-12)
+        grads = [torch.autograd.grad(x.sin().sum(), (hidden, weight)) for x in (fast, slow)]
+        close(grads[0][0], grads[1][0], 1e-12)
+        close(grads[0][1], grads[1][1], 1e-12)
+    differ(fast, reduce(linear_cross_entropy_ref(hidden, weight, labels.roll(1))))
+
+
+def test_no_target_no_loss_no_gradient() -> None:
+    hidden, weight, labels = case()
+    losses = linear_cross_entropy(hidden, weight, labels, reduction="none")
+    assert not losses[labels == -100].any() and losses[labels != -100].all()
+    (grad,) = torch.autograd.grad(losses.sum(), hidden)
+    assert not grad[labels == -100].any()
+
+
+def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of more than CHUNK_NUMBERS numbers is made, forward or backward."""
+    monkeypatch.setattr(loss, "CHUNK_NUMBERS", 4 * V)
+    sizes = []
+    real = torch.nn.functional.linear
+
+    def spy(*args: Tensor) -> Tensor:
+        y = real(*args)
+        sizes.append(y.numel())
+        return y
+
+    monkeypatch.setattr(loss.F, "linear", spy)
+    hidden, weight, labels = case()
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert max(sizes) <= 4 * V and len(sizes) == 2 * math.ceil(N / 4)
+
+
+def test_uniform_logits_cost_log_vocabulary() -> None:
+    _, weight, _ = case()
+    value = linear_cross_entropy(torch.zeros(3, D, dtype=torch.float64), weight, torch.tensor([0, 4, 9]))
+    assert value.item() == pytest.approx(math.log(V))
+
+
+def test_low_precision_logits_are_summed_in_float32() -> None:
+    hidden, weight, labels = (x.detach() for x in case())
+    small = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
+    assert small.dtype == torch.float32
+    assert small.item() == pytest.approx(linear_cross_entropy(hidden, weight, labels).item(), rel=0.05)
+
+
+def test_unknown_reduction() -> None:
+    with pytest.raises(ValueError, match="reduction = 'avg': must be one of"):
+        linear_cross_entropy(*case(), reduction="avg")
