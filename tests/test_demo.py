@@ -99,7 +99,7 @@ def test_a_match_is_near_llamas_proportions() -> None:
 
 
 def test_trigram_is_scored_on_the_bytes_of_the_windows(small: Path) -> None:
-    """All windows together are the whole text: they cost what the baseline costs, less the first token of each document."""
+    """All windows together are the whole text: they cost what the baseline does, less the first token of documents."""
     recipe = recipes.from_mapping(recipes.read_toml(recipes.find("demo")))
     dataset = prepare(recipe.data, small / "cache")
     rows = Rows(dataset.validation, seq_len=32)

@@ -1,7 +1,7 @@
 """The model's definition once more, slowly: one token after the other, each through all its loops.
 
 Position-major, where the model is loop-major, so a token's keys must already be known for every loop when later tokens
-ask: a query at loop t meets the keys that token s made at loop min(t, last loop of s). Shares no code with the model but
+ask: a query at loop t meets the keys that token s made at loop min(t, last loop of s). Shared with the model:
 the noise generator; weights are read from its modules. One sequence at a time, float64.
 """
 

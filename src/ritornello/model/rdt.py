@@ -325,7 +325,7 @@ class RecurrentDepthTransformer(nn.Module):
     def _check(self, tokens: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None) -> Tensor:
         """The embedded input (B, T, D). Ids are checked on a CPU only: elsewhere that would wait for the device."""
         c = self.config
-        both = None if tokens is None else "beside inputs_embeds"
+        both = "absent" if tokens is None else "beside inputs_embeds"
         require((tokens is None) != (inputs_embeds is None), "tokens", both, "given, or else inputs_embeds")
         if tokens is None:
             assert inputs_embeds is not None
