@@ -71,12 +71,16 @@ def test_a_plan_for_another_batch(counts: Any) -> None:
         (torch.zeros(3, dtype=torch.int64), "tokens = (3,): must be of shape (B, T), not empty"),
         (torch.zeros(1, 3, 1, dtype=torch.int64), "tokens = (1, 3, 1): must be of shape (B, T), not empty"),
         (torch.zeros(1, 65, dtype=torch.int64), "tokens = '65 positions': must be at most max_seq_len = 64"),
-        (None, "tokens = None: must be given, or else inputs_embeds"),
     ],
     ids=str,
 )
 def test_tokens(tokens: Any, message: str) -> None:
     refused(message, tokens)
+
+
+def test_no_tokens() -> None:
+    with pytest.raises(ValueError, match="tokens = .*: must be given, or else inputs_embeds"):
+        MODEL()
 
 
 def test_int32_tokens_are_welcome() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello.model.context import Key
+from ritornello.model.context import Capture, Key
 from ritornello.model.depth import Depth
 from tests.model.builders import build, close, differ, every_kind, lively, rules_for, tokens_for
 
@@ -79,6 +79,15 @@ def test_randomness_belongs_to_the_sequence(kind: str) -> None:
     close(model(padded, documents=documents, key=Key(1, 2, ids[1:2])).logits[:, 2:], batch[1:2])
     for other in (Key(1, 2, ids + 1), Key(1, 3, ids), Key(2, 2, ids)):
         differ(model(tokens, key=other).logits, batch)
+
+
+def test_every_branch_and_loop_drops_other_channels() -> None:
+    model = build({"dropout": 0.5, "layers": (0, 2, 0)}).train()
+    capture = Capture(frozenset(f"{layer}.{branch}" for layer in (0, 1) for branch in ("attention", "ffn")))
+    model(tokens_for(model.config, 2, T), n_loops=3, key=Key(1), capture=capture)
+    masks = [(y != 0).flatten().tolist() for captured in capture.tensors.values() for _, y in captured]
+    assert len({tuple(mask) for mask in masks}) == 2 * 2 * 3
+    assert 0.3 < sum(map(sum, masks)) / sum(map(len, masks)) < 0.7
 
 
 def test_a_row_of_padding_stays_finite() -> None:

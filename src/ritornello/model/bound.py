@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ritornello.config import require, require_int
 from ritornello.model.attention import Attention, GroupedQueryAttention, LatentAttention
 from ritornello.model.carry import HyperConnections
 from ritornello.model.layers import Layer
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
     """The largest ‖h‖ over tokens, after any of `n_loops` loops; of each stream with carry streams."""
+    require(not model.config.is_plain, "n_recurrent_layers", 0, "> 0 for a bound on the state")
+    require_int("n_loops", n_loops, 1)
     dim = model.config.dim
     e = norm_bound(model.input_norm)
     start = {"zeros": 0.0, "e": e, "noise": math.sqrt(dim * 2 / 5) * 3}[model.config.initial_state]
@@ -94,8 +97,7 @@ def attention_bound(attention: Attention, x: float) -> float:
 def feed_forward_bound(mlp: FeedForward, x: float) -> float:
     """|silu(a)| ≤ |a|, so ‖silu(Gx) · Ux‖ ≤ min(‖G‖ max row U, max row G ‖U‖) ‖x‖²; then down_proj."""
     gate, up, down = (_merged(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    n = max(w.shape[0] for w in (gate, up, down))
-    return float(_swiglu(gate.expand(n, -1, -1), up.expand(n, -1, -1), down.expand(n, -1, -1)).max()) * x**2
+    return float(_swiglu(gate, up, down).max()) * x**2
 
 
 def mixture_bound(mlp: MixtureOfExperts, x: float) -> float:
@@ -122,4 +124,4 @@ def _merged(linear: Linear) -> Tensor:
     """(L, out, in): the matrix of each loop; L = 1 without low-rank deltas."""
     if linear.lora_A is None or linear.lora_B is None:
         return linear.weight[None]
-    return linear.weight + linear.lora_B @ linear.lora_A
+    return linear.weight.float() + linear.lora_B.float() @ linear.lora_A.float()

@@ -36,8 +36,8 @@ class Passing(KeyValues):
         if self.previous is not None:
             old = self.previous[layer]
             if self.share_first:
-                first = (loop if isinstance(loop, Tensor) else torch.tensor([[loop]], device=entry.device)) == 0
-                running = first if running is None else running & first
+                first = loop == 0
+                entry = torch.where(first[..., None], entry, old) if isinstance(first, Tensor) else old
             if running is not None:
                 entry = torch.where(running[..., None], entry, old)
         self.entries[layer] = entry

@@ -30,17 +30,10 @@ class SingleStream(nn.Module):
     def expand(self, h: Tensor) -> Tensor:
         return h
 
-    def inputs(self, e: Tensor) -> Tensor:
-        return e
-
-    def read(self, u: Tensor) -> Tensor:
-        return u
+    inputs = read = mean = expand
 
     def write(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return y
-
-    def mean(self, h: Tensor) -> Tensor:
-        return h
 
 
 class HyperConnections(nn.Module):

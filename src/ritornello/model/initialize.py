@@ -33,6 +33,5 @@ def initialize(model: "RecurrentDepthTransformer", seed: int) -> None:
         else:
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
     for module in model.modules():
-        reset = getattr(module, "reset", None)
-        if reset is not None:
-            reset(generator)
+        if hasattr(module, "reset"):
+            module.reset(generator)  # pyrefly: ignore

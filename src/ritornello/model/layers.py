@@ -16,8 +16,7 @@ from ritornello.model.norm import RMSNorm
 class Pass:
     """What the layers of one pass share: its loop index, and `table` = min(loop, n_loops - 1) for per-loop tables.
 
-    running (B, T or 1) bool: tokens that have not halted, None: all. shift, broadcast over (B, T, D): added to what
-    branches read. `name`: the prefix of captured tensors.
+    running (B, T or 1) bool: who has not halted, None: all. shift, broadcast over (B, T, D): added to branches' inputs.
     """
 
     loop: Loop

@@ -50,6 +50,9 @@ class Run:
     weigh: bool = False
 
     def __post_init__(self) -> None:
+        cut = 0 < self.backprop_loops < self.depth.n_iterations
+        whole = not cut or (self.depth.budgets is None and not self.weigh)
+        require(whole, "backprop_loops", self.backprop_loops, "0 where halting is learned, or budgets end apart")
         aligned = self.cache is None or self.depth.starts is None
         require(aligned, "n_loops", "right-aligned", "an int or a tensor with a cache, whose tokens start together")
 
@@ -167,7 +170,8 @@ class RecurrentDepthTransformer(nn.Module):
         """The probe's log-probabilities (m, T, V), where something reads them."""
         if self.probe is None or not self.halting.reads_predictions(exit):
             return None
-        logits = self.logits(self.probe(h))
+        with torch.no_grad():
+            logits = self.logits(self.probe(h))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def iterate(self, e: Tensor, context: Context, run: Run) -> Iterator[LoopState]:
@@ -325,7 +329,7 @@ class RecurrentDepthTransformer(nn.Module):
     def _check(self, tokens: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None) -> Tensor:
         """The embedded input (B, T, D). Ids are checked on a CPU only: elsewhere that would wait for the device."""
         c = self.config
-        both = "absent" if tokens is None else "beside inputs_embeds"
+        both = None if tokens is None else "beside inputs_embeds"
         require((tokens is None) != (inputs_embeds is None), "tokens", both, "given, or else inputs_embeds")
         if tokens is None:
             assert inputs_embeds is not None

@@ -56,9 +56,10 @@ class Routing:
         counted = torch.ones(m, n_tokens, dtype=torch.int64, device=self.load.device)
         for mask in (state.running, real):
             counted = counted if mask is None else counted * mask
-        loop = torch.as_tensor(state.loop, device=self.load.device).clamp(max=n_loops - 1)
+        last, loop = n_loops - 1, state.loop
+        loop = min(loop, last) if isinstance(loop, int) else loop.clamp(max=last)[..., None]
         for layer, routed in enumerate(state.routed):
-            address = (loop.expand(m, n_tokens) * n_layers + layer)[..., None] * n_experts + routed.indices
+            address = (loop * n_layers + layer) * n_experts + routed.indices
             weights = counted[..., None].expand_as(address)
             self.load.view(-1).scatter_add_(0, address.flatten(), weights.flatten())
 

@@ -21,7 +21,10 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 def fold(key: Tensor, counter: Tensor | int) -> Tensor:
     """A new key from `key` and `counter` (broadcast)."""
-    z = (key ^ (torch.as_tensor(counter, device=key.device) * _MIX1)) + _GOLDEN
+    if isinstance(counter, int):  # wrapped to int64 here: a tensor would be copied to the device and waited for
+        z = (key ^ ((counter * _MIX1 + 2**63) % 2**64 - 2**63)) + _GOLDEN
+    else:
+        z = (key ^ (counter * _MIX1)) + _GOLDEN
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)

@@ -171,7 +171,8 @@ class Trainer:
 
     def _fit_gate(self) -> None:
         config, batches = self.recipe.train, self._batches
-        after = (batches.batch(self.step + i) for i in range(GATE_BATCHES))
+        micro = slice(config.microbatch_size or config.batch_size)
+        after = (batches.batch(self.step + i, micro) for i in range(GATE_BATCHES))
         self._report(fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed))
 
     def _log(self, metrics: dict[str, float], batch: Batch) -> None:
