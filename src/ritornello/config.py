@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Attention = Literal["gqa", "mla"]
@@ -61,9 +62,12 @@ def pick(table: Mapping[str, Entry], name: str, field_name: str) -> Entry:
     return table[name]
 
 
+_kinds = cache(get_type_hints)
+
+
 def require_kinds(config: Any) -> None:
     """Check every field annotated as a Literal, a bool or a tuple of Literals."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _kinds(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal:
             require_choice(name, value, get_args(hint))

@@ -79,7 +79,7 @@ def test_tokens(tokens: Any, message: str) -> None:
 
 
 def test_no_tokens() -> None:
-    with pytest.raises(ValueError, match="tokens = .*: must be given, or else inputs_embeds"):
+    with pytest.raises(ValueError, match=r"tokens = .*: must be given, or else inputs_embeds"):
         MODEL()
 
 

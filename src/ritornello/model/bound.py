@@ -39,14 +39,13 @@ def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
         return max(start, norm_bound(model.anchor_norm))
     layers = [layer for layer in model.recurrent if isinstance(layer, Layer)]
     rho, inflow = model.injection.rho(), model.injection.gain() * e
-    write = read = 1.0
-    if isinstance(model.carry, HyperConnections):
-        write, read = float(model.carry.write_weight.abs().max()), float(model.carry.read_weight.abs().sum())
+    write = float(model.carry.write_weight.abs().max()) if isinstance(model.carry, HyperConnections) else 1.0
     if model.config.norm == "sandwich":
         change = norm_bound(layers[-1].mlp_out_layernorm)
         if not isinstance(model.carry, HyperConnections):
             return max(start, change)
-        stretch = 1 + write * read  # the block's change is at most its normalised output plus the input it replaces
+        kept = model.carry.mixing.softmax(-1) - model.carry.write_weight[:, None] * model.carry.read_weight
+        stretch = float(kept.abs().sum(1).max())  # the block's change is its normalised output less what it read
         rho, inflow = rho * stretch, inflow * stretch
     else:
         shift = _shift(model)

@@ -36,8 +36,8 @@ class Passing(KeyValues):
         if self.previous is not None:
             old = self.previous[layer]
             if self.share_first:
-                first = loop == 0
-                entry = torch.where(first[..., None], entry, old) if isinstance(first, Tensor) else old
+                first = loop == 0 if isinstance(loop, Tensor) else torch.full((1, 1), loop == 0, device=entry.device)
+                entry = torch.where(first[..., None], entry, old)
             if running is not None:
                 entry = torch.where(running[..., None], entry, old)
         self.entries[layer] = entry
