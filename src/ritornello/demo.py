@@ -123,7 +123,7 @@ def _wait(worker: Any, plain: Sequence[Recipe], out: Path, quiet: bool) -> None:
             if last is not None:
                 progress.update(steps, {key: last[key] for key in ("loss", "tok_per_s")})
     if worker.exitcode != 0:
-        raise ValueError(f"the plain transformers' training ended with code {worker.exitcode}; run the demo again")
+        raise RuntimeError(f"the plain transformers' training ended with code {worker.exitcode}; its error is above")
 
 
 def compare(trained: Mapping[str, Loaded], looped: str, dataset: Dataset, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -187,9 +187,13 @@ def verdict(results: Mapping[str, Any]) -> str:
         lines.append(f"The looped model wins: {curve[best]:.3f} bits per byte at {best} loops against {plain:.3f}.")
     for pair, (gained, error) in results["gains"].items():
         a, b = pair.split("->")
-        lines.append(f"{a} to {b} loops gain {gained:.4f} +- {error:.4f} ({gained / error:.0f} standard errors).")
+        said = "gain" if gained > 3 * error else "gain nothing certain:"
+        lines.append(f"{a} to {b} loops {said} {gained:.4f} +- {error:.4f} (one standard error, paired over windows).")
     beyond = curve[DEPTHS[-1]] - curve[best]
-    lines.append(f"{DEPTHS[-1]} loops, far beyond training, lose {beyond:.4f} against the best.")
+    said = "hold" if beyond <= 0.02 else "break down"
+    lines.append(f"{DEPTHS[-1]} loops, far beyond training, {said}: {beyond:.4f} worse than the best.")
+    trigram = results["trigram"]["bpb"]
+    lines.append(f"The byte trigram model is {'beaten' if curve[best] < trigram else 'NOT beaten'}: {trigram:.3f}.")
     return "\n".join(lines)
 
 
