@@ -402,6 +402,7 @@ class TrainConfig:
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)"
         )
+        require(len(self.eval_loops) > 0, "eval_loops", self.eval_loops, "at least one number of loops")
         for n in self.eval_loops:
             require_int("eval_loops", n, 1, MAX_LOOPS)
         micro = self.microbatch_size or self.batch_size

@@ -1,6 +1,5 @@
 """ritornello generate"""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
@@ -53,8 +52,7 @@ class Generate(Command):
             stop=self.stop,
         )
         for piece in ["".join(pieces)] if self.no_stream else pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(piece, end="", flush=True)
         print()
 
     def exit_rule(self) -> ExitRule | None:

@@ -61,5 +61,5 @@ def _default_out(name: str) -> Path:
 def check_output(out: Path, *, resume: bool) -> None:
     """Refuse to mix a new run with what is already in its directory."""
     require(not out.exists() or out.is_dir(), "--out", str(out), "a directory or a new name")
-    used = out.is_dir() and any(out.iterdir())
+    used = out.is_dir() and any(path.name != ".lock" for path in out.iterdir())
     require(resume or not used, "--out", str(out), "empty or new", "--resume continues the run that is there")

@@ -337,6 +337,7 @@ class RecurrentDepthTransformer(nn.Module):
             require(ok, "inputs_embeds", tuple(inputs_embeds.shape), f"of shape (B, T, {c.dim}), not empty")
             x = inputs_embeds
         else:
+            require(isinstance(tokens, Tensor), "tokens", type(tokens).__name__, "a tensor")
             require(tokens.dtype in (torch.int64, torch.int32), "tokens", tokens.dtype, "int64 or int32")
             shape = "(B, T)" if c.n_token_tables == 1 else f"(B, T, {c.n_token_tables})"
             ok = tokens.shape[2:] == (() if c.n_token_tables == 1 else (c.n_token_tables,)) and tokens.ndim >= 2

@@ -36,6 +36,8 @@ class Evaluation:
 
     def bpb(self, nats: Sums) -> float:
         """Bits per byte of one of the rows above."""
+        remedy = "give more text, or change data.validation_fraction"
+        require(self.n_bytes.sum() > 0, "validation text", "no byte to predict", "longer than one token", remedy)
         return float(nats.sum() / self.n_bytes.sum() / math.log(2))
 
     def gap(self, worse: Sums, better: Sums) -> tuple[float, float]:

@@ -71,6 +71,8 @@ def train(
         trainer = Trainer(recipe, out, dataset, model, build_optimizers(model, config))
         if found is not None:
             trainer.restore(checkpoint.load(found), other_data=other_data)
+            ok = trainer.step <= config.steps
+            require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
         files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
         trainer.observers = _observers(recipe, out, trainer.step, observer)
         while trainer.step < config.steps:
