@@ -60,9 +60,9 @@ def test_the_totals_above_are_of_all_presets() -> None:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_builds_on_the_meta_device_with_its_total(name: str, kind: str) -> None:
     config = preset(name, attention=kind)
-    start = time.perf_counter()
+    start = time.process_time()
     model = meta(config)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert all(p.is_meta for p in model.parameters())
     total = TOTALS[name][kind == "mla"]
     assert size(model) == total == count_parameters(config)["total"]

@@ -105,9 +105,9 @@ def test_training_does_not_depend_on_threads_or_process() -> None:
 
 def test_a_long_word_is_learnt_in_time() -> None:
     word = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 300_000)))
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer = train_bpe([f"a {word} z"], 300)
-    assert time.perf_counter() - start < 15  # uncut: more than half a minute
+    assert time.process_time() - start < 15  # uncut: more than half a minute
     assert tokenizer.decode(tokenizer.encode(word)) == word
 
 
