@@ -63,17 +63,22 @@ def ours(**changes: Any) -> RecurrentDepthTransformer:
     return model
 
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": DIM,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+}
+
+
 def llama_config(implementation: str) -> LlamaConfig:
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=DIM,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
+        **SHAPE,
         num_key_value_heads=2,
         head_dim=6,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
     config._attn_implementation = implementation
     return config
@@ -83,15 +88,10 @@ def deepseek_config(implementation: str = "eager", *, interleaved: bool = False,
     moe = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_group": 1}
     moe |= {"topk_group": 1, "routed_scaling_factor": 2.5, "first_k_dense_replace": 2}
     config = DeepseekV3Config(
-        vocab_size=VOCAB,
-        hidden_size=DIM,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
+        **SHAPE,
         num_key_value_heads=HEADS,
         num_mtp_layers=0,
         rope_interleave=interleaved,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         **(RANKS | moe | changes),
     )
     config._attn_implementation = implementation

@@ -203,8 +203,10 @@ def _start(
     require(isinstance(loaded, Loaded), "loaded", type(loaded).__name__, "what load(...) returns")
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
     check_exit(model.config, exit)
-    deepest, first = n_loops or model.config.n_loops, exit.min_loops if exit is not None else 1
-    require(first <= deepest, "min_loops", first, f"<= n_loops ({deepest}), or no token could stop early")
+    if exit is not None:
+        deepest = n_loops or model.config.n_loops
+        ok = exit.min_loops <= deepest
+        require(ok, "min_loops", exit.min_loops, f"<= n_loops ({deepest}), or no token could stop early")
     stops = [stop] if isinstance(stop, str) else list(stop)
     require(all(stops), "stop", stop, "texts, none empty")
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]

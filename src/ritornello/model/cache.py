@@ -66,10 +66,11 @@ class Cache(KeyValues):
     ) -> None:
         require_int("batch_size", batch_size, 1)
         require_int("max_len", max_len, 1)
-        require_int("n_loops", n_loops or (config.n_loops if n_loops is None else n_loops), 1, MAX_LOOPS)
+        n_loops = config.n_loops if n_loops is None else n_loops
+        require_int("n_loops", n_loops, 1, MAX_LOOPS)
         require_choice("policy", policy, ("per_loop", "last", "first"))
         self.policy: CachePolicy = "first" if config.kv_sharing == "first" else policy
-        self.n_slots = (n_loops or config.n_loops) if self.policy == "per_loop" else 1
+        self.n_slots = n_loops if self.policy == "per_loop" else 1
         self.config, self.batch_size, self.max_len = config, batch_size, max_len
         loops = range(config.n_prelude_layers, config.n_prelude_layers + config.n_recurrent_layers)
         shape = (batch_size, max_len, config.kv_width)

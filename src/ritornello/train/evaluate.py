@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ritornello.config import ExitRule, require
 from ritornello.model.cache import Passing
-from ritornello.model.context import build_context
 from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer, Run
 from ritornello.ops.loss import linear_cross_entropy
@@ -39,10 +38,6 @@ class Evaluation:
         remedy = "give more text, or change data.validation_fraction"
         require(self.n_bytes.sum() > 0, "validation text", "no byte to predict", "longer than one token", remedy)
         return float(nats.sum() / self.n_bytes.sum() / math.log(2))
-
-    def gap(self, worse: Sums, better: Sums) -> tuple[float, float]:
-        """Bits per byte by which `worse` exceeds `better`, and its standard error, paired over windows."""
-        return gap(worse, better, self.n_bytes)
 
     def metrics(self) -> dict[str, float]:
         """`val_bpb_<n>` by loops, and with an exit rule `val_bpb_exit`, `val_loops_exit`."""
@@ -115,7 +110,7 @@ def hidden_by_depth(
             yield model(tokens, n_loops=n, documents=documents, return_logits=False).hidden
         return
     x = model.embed(tokens)
-    context = build_context(model.config, x, documents=documents)
+    context = model.context(x, documents=documents)
     e = model.prelude(x, context, Passing())
     for n, state in enumerate(model.iterate(e, context, Run(Depth.uniform(depths[-1]))), start=1):
         if n in depths:

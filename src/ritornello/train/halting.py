@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ritornello.config import require
 from ritornello.model.cache import Passing
-from ritornello.model.context import build_context
 from ritornello.model.depth import Depth
 from ritornello.model.halting import GateHead, Signals
 from ritornello.model.rdt import RecurrentDepthTransformer, Run
@@ -65,7 +64,7 @@ def _examples(model: RecurrentDepthTransformer, batch: Batch, n_loops: int) -> t
     device = model.norm.weight.device
     documents = to_device(batch.documents, device)
     x = model.embed(to_device(batch.tokens, device))
-    context = build_context(model.config, x, documents=documents)
+    context = model.context(x, documents=documents)
     e = model.prelude(x, context, Passing())
     counted = to_device(batch.labels, device) != NO_LABEL
     run = Run(Depth.uniform(n_loops), weigh=True)

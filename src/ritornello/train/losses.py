@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ritornello.config import ModelConfig, TrainConfig, require
 from ritornello.model.cache import Passing
-from ritornello.model.context import Key, build_context
+from ritornello.model.context import Key
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.model.state import LoopState, Output
 from ritornello.ops.loss import CHUNK_NUMBERS, linear_cross_entropy
+from ritornello.train.data import NO_LABEL
 
-NO_LABEL = -100
 PROBE_STRIDE = 4
 
 
@@ -69,7 +69,7 @@ def ponder(x: Inputs) -> Tensor:
 
 def expected(x: Inputs) -> Tensor:
     """Σ_t p_t · CE_t over the loops t of each token (PonderNet 2107.05407, eq. 5; Ouro, stage 1)."""
-    context = build_context(x.model.config, x.out.hidden, documents=x.documents, key=x.key)
+    context = x.model.context(x.out.hidden, documents=x.documents, key=x.key)
     total = x.labels.new_zeros((), dtype=torch.float32)
     for state in x.trajectory:
         hidden = x.model.coda(x.model.carry.mean(state.h), context.select(state.rows), Passing())

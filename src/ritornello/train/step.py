@@ -14,7 +14,7 @@ from ritornello.model.context import Key
 from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth, losses
-from ritornello.train.data import Batch
+from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.optim import set_learning_rate
 from ritornello.train.schedule import learning_rate_scale, router_bias_rate
 
@@ -54,7 +54,7 @@ class Plan:
         return Plan(batch, counts, documents, (train.seed, step), probe, loops)
 
     def shares(self, rows: slice) -> losses.Shares:
-        real, targets = self.batch.documents >= 0, self.batch.labels != losses.NO_LABEL
+        real, targets = self.batch.documents >= 0, self.batch.labels != NO_LABEL
         n_targets = max(1, int(targets.sum()))
         by_token = self.counts if self.counts.ndim == 2 else self.counts[:, None]
         n_states = max(1, int((by_token * targets).sum()))

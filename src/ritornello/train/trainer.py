@@ -15,11 +15,10 @@ from ritornello.config import DataConfig, ModelConfig, Recipe, default_exit, req
 from ritornello.device import pick_device
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, files, tensors
-from ritornello.train.data import Batch, Batches, Rows, prepare
+from ritornello.train.data import NO_LABEL, Batch, Batches, Rows, prepare
 from ritornello.train.evaluate import Evaluation, evaluate
 from ritornello.train.halting import fit_gate
 from ritornello.train.interrupt import InterruptedRunError, stop_request
-from ritornello.train.losses import NO_LABEL
 from ritornello.train.metrics import MetricsFile, Observer, TensorBoard, to_host
 from ritornello.train.optim import build_optimizers
 from ritornello.train.shards import Dataset, Progress

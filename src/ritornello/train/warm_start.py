@@ -17,7 +17,7 @@ def warm_start(model: RecurrentDepthTransformer, source: str, *, tokenizer_json:
     """Copy the weights of `source`, a run or a checkpoint, into `model`, in place.
 
     A halting head or probe that one of the two lacks is left out. Tables by loop index are extended by their last row,
-    which deeper loops read anyway, so the function at every depth is that of `source`.
+    which deeper loops read anyway, so that nothing changes at any depth; or cut, which changes the loops beyond.
 
     Raises:
         ValueError: another tokenizer, or a model of another shape.
