@@ -6,7 +6,7 @@ see, (T + 1) / 2 on average. `decode`: T entries of a cache, for one query. MLA 
 side, as the model does. All tokens run the same loops.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ritornello.config import MAX_LOOPS, CachePolicy, ModelConfig, require, require_choice, require_int
@@ -105,6 +105,18 @@ def count_parameters(config: ModelConfig) -> dict[str, Any]:
     whole, shares = sum(parts.values(), Cost()), {name: cost.total for name, cost in parts.items() if cost.total}
     rest = whole.total - parts["embedding"].total - parts["head"].total
     return {"total": whole.total, "active": whole.total - whole.idle, "non_embedding": rest, "shares": shares}
+
+
+def fit_ffn(config: ModelConfig, n_parameters: int) -> ModelConfig:
+    """`config` with the `ffn_dim` that brings its total nearest to `n_parameters`.
+
+    Raises:
+        ValueError: it has more without any.
+    """
+    one, two = (count_parameters(replace(config, ffn_dim=width))["total"] for width in (1, 2))
+    ffn_dim = 1 + round((n_parameters - one) / max(1, two - one))
+    require(ffn_dim >= 1, "n_parameters", n_parameters, f">= {one}, what this shape has without a feed-forward network")
+    return replace(config, ffn_dim=ffn_dim)
 
 
 def flops_per_token(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ritornello import recipes
-from ritornello.accounting import count_parameters
+from ritornello.accounting import count_parameters, fit_ffn
 from ritornello.config import ModelConfig, Recipe, default_exit
 from ritornello.engine.generate import Loaded, generate, load
 from ritornello.progress import Progress
@@ -74,18 +74,14 @@ def matched_plain(model: ModelConfig, n_parameters: int) -> ModelConfig:
             n_prelude_layers=n_layers,
             n_recurrent_layers=0,
             n_coda_layers=0,
-            ffn_dim=1,
             ffn="dense",
             lora_rank=0,
             halting="none",
         )
-        fixed = count_parameters(base)["total"]
-        slope = count_parameters(replace(base, ffn_dim=2))["total"] - fixed
-        ffn_dim = 1 + round((n_parameters - fixed) / slope)
-        if ffn_dim < 1:
+        if count_parameters(replace(base, ffn_dim=1))["total"] > n_parameters:
             break
-        found = replace(base, ffn_dim=ffn_dim)
-        if best is None or abs(ffn_dim - model.dim * 8 / 3) < abs(best.ffn_dim - model.dim * 8 / 3):
+        found = fit_ffn(base, n_parameters)
+        if best is None or abs(found.ffn_dim - model.dim * 8 / 3) < abs(best.ffn_dim - model.dim * 8 / 3):
             best = found
     assert best is not None, "one layer is smaller than any looped model"
     return best

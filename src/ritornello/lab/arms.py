@@ -1,0 +1,149 @@
+"""The models that experiments compare: the article's, the smallest looped one, plain ones, and what is taken away.
+
+All read the same problems in the same order. Sizes are for one CPU core; the arms of one task differ in what their
+names say and in nothing else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ritornello.accounting import count_parameters, fit_ffn, flops_per_token
+from ritornello.config import ModelConfig, TrainConfig
+from ritornello.lab.cell import Cell, Role
+from ritornello.lab.tasks import Task
+
+MAX_LOOPS = 8  # in training
+STEPS = 3500
+QUICK_STEPS = 1800
+
+# The vocabulary is chains' for 32 nodes; a cell has its own task's.
+# One dense layer, no prelude, no coda, no positions: the least that learns to follow edges.
+DENSE = ModelConfig(
+    vocab_size=64,
+    n_token_tables=2,
+    dim=64,
+    n_prelude_layers=0,
+    n_recurrent_layers=1,
+    n_coda_layers=0,
+    n_loops=MAX_LOOPS,
+    max_seq_len=256,
+    tie_embeddings=False,
+    positions="none",
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=16,
+    ffn="dense",
+    ffn_dim=176,
+    initial_state="e",
+    lora_rank=0,
+    loop_embedding=False,
+    halting="gate",
+)
+
+LOOPED = TrainConfig(
+    steps=STEPS,
+    batch_size=16,
+    lr=2e-3,
+    betas=(0.9, 0.98),
+    warmup_steps=100,
+    cooldown_fraction=0.3,
+    final_lr_fraction=0.03,
+    depth="uniform",
+    min_loops=1,
+    max_loops=MAX_LOOPS,
+    mean_loops=(1 + MAX_LOOPS) / 2,
+)
+
+# Everything that the article names, at once.
+ARTICLE: dict[str, Any] = {
+    "n_prelude_layers": 1,
+    "n_coda_layers": 1,
+    "ffn": "moe",
+    "n_experts": 16,
+    "n_active_experts": 2,
+    "n_shared_experts": 1,
+    "expert_dim": 32,
+    "lora_rank": 4,
+    "loop_embedding": True,
+}
+NO_SIZES: Mapping[str, int] = {}
+PLAIN: dict[str, Any] = {"n_recurrent_layers": 0, "halting": "none"}
+# Plain models learn the deeper hops sooner at half the looped models' rate: experiments/LOG.md.
+ONE_LOOP: dict[str, Any] = {"lr": 1e-3, "depth": "fixed", "min_loops": 1, "max_loops": 1, "mean_loops": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What an arm changes of DENSE and LOOPED; `cell` what it changes of a Cell."""
+
+    role: Role
+    title: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    cell: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _cost(model: ModelConfig, loops: float) -> float:
+    """Training FLOPs per token at a mean number of loops, in which they are linear; 64 tokens."""
+    one, two = (flops_per_token(model, seq_len=64, n_loops=n, training=True, convention="full") for n in (1, 2))
+    return one + (loops - 1) * (two - one)
+
+
+def _plain(title: str, n_layers: int, dim: int, n_parameters: int = 0) -> Arm:
+    """A plain transformer that may spend 4 times the article model's training FLOPs until it solves the training hops.
+
+    n_parameters: its feed-forward width is fitted to this total; 0: DENSE's.
+    """
+    shape = replace(DENSE, **PLAIN, n_prelude_layers=n_layers, dim=dim, head_dim=dim // DENSE.n_heads)
+    shape = fit_ffn(shape, n_parameters) if n_parameters else shape
+    model = PLAIN | {name: getattr(shape, name) for name in ("n_prelude_layers", "dim", "head_dim", "ffn_dim")}
+    affordable = 4 * LOOPED.steps * _cost(replace(DENSE, **ARTICLE), LOOPED.mean_loops) / _cost(shape, 1)
+    return Arm(role="plain", title=title, model=model, train=ONE_LOOP, cell={"max_steps": int(affordable)})
+
+
+SIZE = count_parameters(replace(DENSE, **ARTICLE))["total"]
+ARMS: dict[str, Arm] = {
+    "article": Arm(role="looped", title="article model", model=ARTICLE),
+    "no-prelude": Arm(role="looped", title="article model without prelude", model=ARTICLE | {"n_prelude_layers": 0}),
+    "dense": Arm(role="looped", title="smallest looped model"),
+    "plain-8x48": _plain("plain, equal parameters (8 × 48)", 8, 48, SIZE),
+    "plain-5x64": _plain("plain, equal parameters (5 × 64)", 5, 64, SIZE),
+    "plain-3x80": _plain("plain, equal parameters (3 × 80)", 3, 80, SIZE),
+    "plain-depth": _plain("plain, equal depth", MAX_LOOPS, DENSE.dim),
+    "plain-one-layer": _plain("plain, one layer", 1, DENSE.dim),
+    "no-injection": Arm(role="ablation", title="no injection", model={"injection": "none"}),
+    "slow-forgetting": Arm(
+        role="ablation", title="slow forgetting, A = .9", model={"decay_init": 0.9, "input_init": 0.3}
+    ),
+    "bf16-carry": Arm(role="ablation", title="bfloat16 carry", cell={"bf16_carry": True}),
+    "fixed-depth": Arm(
+        role="ablation",
+        title="always 5 loops in training",
+        train={"depth": "fixed", "mean_loops": 5.0, "min_loops": 5, "max_loops": 5},
+    ),
+    "linear": Arm(role="ablation", title="linear injection", model={"injection": "linear"}),
+    "add": Arm(role="ablation", title="additive injection", model={"injection": "add"}),
+    "act-mixture": Arm(role="looped", title="ACT, mixture", model={"halting": "act", "read_out": "mixture"}),
+    "act-last": Arm(role="looped", title="ACT, last state", model={"halting": "act"}),
+    "joint-gate": Arm(role="looped", title="gate trained jointly", train={"halting_loss": "expected"}),
+    "short-training": Arm(role="ablation", title="short training", train={"steps": STEPS * 2 // 5}),
+}
+
+
+def cell(arm: str, task: Task, *, seed: int, masked: bool, sizes: Mapping[str, int] = NO_SIZES, **changes: Any) -> Cell:
+    """The cell of an arm on a task; `changes` of its training, for example a smaller number of steps."""
+    chosen = ARMS[arm]
+    model = replace(DENSE, vocab_size=task.vocab_size, n_token_tables=task.n_token_tables, **chosen.model)
+    train = replace(LOOPED, **(dict(chosen.train) | changes), seed=seed)
+    return Cell(
+        arm=arm,
+        role=chosen.role,
+        task=task.name,
+        seed=seed,
+        model=model,
+        train=train,
+        task_sizes=tuple(sizes.items()),
+        masked=masked and chosen.role != "plain",
+        **chosen.cell,
+    )

@@ -1,0 +1,235 @@
+"""One cell of an experiment: a model trained on a task from one seed, stored so that nothing is trained twice."""
+
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ritornello import recipes
+from ritornello.accounting import count_parameters, flops_per_token
+from ritornello.config import ModelConfig, TrainConfig
+from ritornello.lab.tasks import Problems, Task, build_task
+from ritornello.model.carry import SingleStream
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import depth, files
+from ritornello.train.data import NO_LABEL, Batch
+from ritornello.train.halting import fit_gate
+from ritornello.train.optim import build_optimizers
+from ritornello.train.step import NonFiniteError, train_step
+
+Role = Literal["looped", "plain", "ablation"]
+DATA_STREAM = 2  # of the host's random numbers of one (seed, step); 0 and 1 draw depths and probed states
+TEST_STREAM = 3
+TEST_SEED = 2**31 - 1
+GATE_BATCHES = 8
+SOLVED = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is trained: all that decides the weights, and the names under which results are filed.
+
+    task: a name in TASKS, which takes `task_sizes`. hops: the deepest question asked in training.
+    masked: only questions that a sequence's loops can reach are asked in training, hops <= loops.
+    max_steps: train on to so many steps while the training hops are not solved; 0: no.
+    bf16_carry: the state is rounded to bfloat16 after each loop.
+    """
+
+    arm: str
+    role: Role
+    task: str
+    seed: int
+    model: ModelConfig
+    train: TrainConfig
+    task_sizes: tuple[tuple[str, int], ...] = ()
+    hops: int = 5
+    masked: bool = False
+    max_steps: int = 0
+    bf16_carry: bool = False
+
+    @property
+    def name(self) -> str:
+        """Distinct for cells that differ in anything."""
+        what = json.dumps({key: value for key, value in asdict(self).items() if key not in ("arm", "role")})
+        return f"{self.task}-{self.arm}-s{self.seed}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+
+    def build_task(self) -> Task:
+        return build_task(self.task, dict(self.task_sizes))
+
+
+class Bfloat16Carry(SingleStream):
+    """Rounds the state that goes from loop to loop, as a model kept in bfloat16 would."""
+
+    def write(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return y.to(torch.bfloat16).to(y.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained cell. steps and seconds of training; FLOPs of it; peak memory of the process in bytes.
+
+    diverged: the step at which loss or gradient was no longer finite, or None.
+    """
+
+    cell: Cell
+    model: RecurrentDepthTransformer
+    steps: int
+    seconds: float
+    flops: float
+    peak_bytes: int
+    loss: float
+    diverged: int | None = None
+
+
+Watch = Callable[[int, RecurrentDepthTransformer, Batch], None]
+
+
+def build(cell: Cell) -> RecurrentDepthTransformer:
+    """The cell's model before training."""
+    model = RecurrentDepthTransformer(cell.model, seed=cell.seed)
+    if cell.bf16_carry:
+        model.carry = Bfloat16Carry()
+    return model
+
+
+def batch(cell: Cell, task: Task, step: int) -> Batch:
+    """The training batch of `step`, a function of (seed, step) and the task; the same problems for every arm."""
+    train = cell.train
+    n = train.batch_size
+    rng = depth.generator(train.seed, step, DATA_STREAM)
+    loops = depth.sample(train, step=step, n_sequences=n)
+    hops = np.full(n, cell.hops)
+    if task.loops_say_hops:
+        hops = rng.integers(1, cell.hops + 1, n) if cell.model.is_plain else loops
+    problems = task.sample(rng, hops, split="train")
+    return to_batch(task, problems, loops=loops if cell.masked else None, told=cell.model.is_plain, first=step * n)
+
+
+def to_batch(task: Task, problems: Problems, *, loops: Any = None, told: bool, first: int = 0) -> Batch:
+    """loops (n,): leave out questions of more hops; told: write the hop count in where loops would say it."""
+    tokens = task.tell(problems) if told else problems.tokens
+    labels = problems.answers
+    if loops is not None:
+        labels = np.where(problems.hops <= loops[:, None], labels, NO_LABEL)
+    n, length = labels.shape
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        documents=np.zeros((n, length), np.int64),
+        indices=first + np.arange(n),
+        n_bytes=np.ones(n, np.int64),
+    )
+
+
+def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None = None) -> Trained:
+    """Train from scratch; `watch` sees every batch after its step, `losses` gets each loss (nats). Divergence ends "
+    "it."""
+    task, model, settings, start = cell.build_task(), build(cell), cell.train, time.perf_counter()
+    optimizers = build_optimizers(model, settings)
+    step, flops, loss, diverged = 0, 0.0, math.nan, None
+    while step < settings.steps:
+        if cell.max_steps and step == settings.steps - round(settings.cooldown_fraction * settings.steps):
+            settings = settings if solves(cell, model, task) else longer(settings, cell)
+        now = batch(replace(cell, train=settings), task, step)
+        try:
+            measured = train_step(model, optimizers, now, train=settings, step=step)
+        except NonFiniteError:
+            diverged = step
+            break
+        loss, step = float(measured["loss"]), step + 1
+        flops += now.tokens.shape[0] * now.tokens.shape[1] * training_flops(cell, now, measured)
+        if losses is not None:
+            losses.append(loss)
+        if watch is not None:
+            watch(step, model, now)
+    if diverged is None and cell.model.halting == "gate" and settings.halting_loss == "frozen":
+        after = (batch(cell, task, step + i) for i in range(GATE_BATCHES))
+        fit_gate(model, after, n_loops=settings.max_loops, seed=cell.seed)
+    return Trained(
+        cell=cell,
+        model=model.eval(),
+        steps=step,
+        seconds=time.perf_counter() - start,
+        flops=flops,
+        peak_bytes=peak_bytes(),
+        loss=loss,
+        diverged=diverged,
+    )
+
+
+def longer(settings: TrainConfig, cell: Cell) -> TrainConfig:
+    """The same schedule with a longer constant part: a tenth more steps, at most max_steps in all."""
+    steps = min(cell.max_steps, settings.steps + max(1, cell.train.steps // 10))
+    cooldown = settings.cooldown_fraction * settings.steps
+    return replace(settings, steps=steps, cooldown_fraction=cooldown / steps)
+
+
+def training_flops(cell: Cell, now: Batch, measured: dict[str, Any]) -> float:
+    """Per token, at this step's mean number of loops: FLOPs are linear in it."""
+    once, twice = (
+        flops_per_token(cell.model, seq_len=now.tokens.shape[1], n_loops=n, training=True, convention="full")
+        for n in (1, 2)
+    )
+    return once + (float(measured.get("mean_loops", 1.0)) - 1) * (twice - once)
+
+
+@torch.no_grad()
+def solves(cell: Cell, model: RecurrentDepthTransformer, task: Task) -> bool:
+    """Whether every training hop is answered right in SOLVED of unseen problems."""
+    from ritornello.lab.measure import accuracy
+
+    hops = tuple(range(1, cell.hops + 1))
+    loops = (cell.train.max_loops,)
+    return all(min(found.values()) >= SOLVED for found in accuracy(model, task, hops=hops, loops=loops).values())
+
+
+def peak_bytes() -> int:
+    """Of this process since it started (Linux counts kibibytes, macOS bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def trained(cell: Cell, store: Path) -> Trained:
+    """The cell's model from `store`, trained now if it isn't there. What is there is complete: it appears at once."""
+    folder = store / cell.name
+    if not folder.exists():
+        found = train(cell)
+        with files.create_directory(folder) as temporary:
+            state = {name: x.contiguous() for name, x in found.model.state_dict().items()}
+            files.write_atomic(temporary / "model.safetensors", save_tensors(state))
+            files.write_atomic(temporary / "cell.json", describe(found).encode())
+    return load(folder, cell)
+
+
+def describe(found: Trained) -> str:
+    """cell.json"""
+    facts = {name: getattr(found, name) for name in ("steps", "seconds", "flops", "peak_bytes", "loss", "diverged")}
+    facts["loss"] = facts["loss"] if math.isfinite(facts["loss"]) else None
+    return json.dumps({"cell": asdict(found.cell), "trained": facts}, indent=2, allow_nan=False) + "\n"
+
+
+def load(folder: Path, cell: Cell | None = None) -> Trained:
+    """A stored cell."""
+    mapping = recipes.parse_json(recipes.read_text(folder / "cell.json"), str(folder / "cell.json"))
+    stored = recipes.validated(Cell, mapping["cell"])
+    facts = mapping["trained"]
+    facts["loss"] = math.nan if facts["loss"] is None else facts["loss"]
+    model = build(stored if cell is None else cell)
+    model.load_state_dict(load_tensors((folder / "model.safetensors").read_bytes()))
+    return Trained(cell=stored, model=model.eval(), **facts)
+
+
+def sizes(cell: Cell) -> dict[str, int]:
+    counted = count_parameters(cell.model)
+    return {name: counted[name] for name in ("total", "active", "non_embedding")}

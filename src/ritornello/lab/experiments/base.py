@@ -1,0 +1,53 @@
+"""What an experiment is: a claim with its rule, the cells that test it, what is measured of each, what follows."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+from ritornello.lab.cell import Cell, Trained, trained
+from ritornello.lab.measure import Row
+from ritornello.lab.report import Picture, Table, Verdict
+
+Scale = Literal["quick", "full"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+
+
+class Experiment(ABC):
+    """Everything but the results is fixed before any of them is seen; `rules` say in words what `judge` computes."""
+
+    name: str
+    title: str
+    question: str
+    prediction: str
+    rules: ClassVar[Mapping[str, str]]
+    sources: tuple[str, ...]
+    budget: ClassVar[Mapping[Scale, str]]
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def cells(self, scale: Scale) -> list[Cell]:
+        """In the order in which they are to run: whole seeds first, so that a part of them is a fair part."""
+
+    @abstractmethod
+    def judge(self, rows: Sequence[Row]) -> list[Verdict]: ...
+
+    @abstractmethod
+    def show(self, rows: Sequence[Row]) -> tuple[list[Table], list[Picture]]: ...
+
+    @abstractmethod
+    def run(self, cell: Cell, store: Path) -> list[Row]:
+        """The rows of one cell; models are kept in `store` where another experiment may want them."""
+
+    def command(self, scale: Scale) -> str:
+        return f"ritornello lab run {self.name} --{scale}"
+
+
+class TrainedExperiment(Experiment):
+    """Measures models after training."""
+
+    def run(self, cell: Cell, store: Path) -> list[Row]:
+        return self.measure(trained(cell, store))
+
+    @abstractmethod
+    def measure(self, found: Trained) -> list[Row]: ...

@@ -1,0 +1,334 @@
+"""Who diverges: learning rate × injection × loops, and what the loop does meanwhile."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from ritornello.lab import arms, figures, judging
+from ritornello.lab.cell import Cell, Trained, build, sizes, train
+from ritornello.lab.dynamics import largest_state, observe
+from ritornello.lab.experiments.base import Experiment, Scale
+from ritornello.lab.measure import Costs, Row, pick_rows, problems, row
+from ritornello.lab.report import Outcome, Picture, Table, Verdict
+from ritornello.lab.statistics import MIN_SEEDS
+from ritornello.lab.tasks import TASKS, build_task
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train.data import Batch
+
+TASK = "chains"
+SIZES = {"n_nodes": 16, "n_chains": 4}
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+DEPTHS = (4, 16)
+STEPS, EVERY, LAST = 200, 50, 20
+LOOPED = ("dense", "linear", "add", "no-injection", "article")
+PLAIN = ("plain-depth", "plain-one-layer")
+BEYOND = (8, 16, 32, 64)  # times the training depth
+LEARNT = 0.9  # of the loss of guessing any node
+
+
+class Stability(Experiment):
+    name = "stability"
+    title = "Stability: who diverges?"
+    question = (
+        "Does LTI injection train at learning rates and depths where other injections diverge, and does its state stay "
+        "bounded beyond training depth?"
+    )
+    prediction = (
+        "With `lti` the loss stays finite at every learning rate, and the state within state_bound() at 64 times the "
+        "training depth; with "
+        "`add`, which forgets nothing, high rates and 16 loops diverge."
+    )
+    rules: ClassVar = {
+        "stable": (
+            "A cell trains if loss and gradient stay finite and the mean loss of its last 20 steps is below .9 "
+            "ln(number of "
+            "nodes), where ln(number of nodes) is the loss of guessing any node. A setting is a learning rate and a "
+            "number "
+            "of loops. Holds: in no setting does another injection train in every seed and lti not, and in some "
+            "setting "
+            "lti trains in every seed and `add` in fewer than half. Does not hold: somewhere another injection trains "
+            "in "
+            "every seed and lti in fewer than half. Not tested at this scale: every injection trains everywhere. "
+            "Else, or "
+            "under 3 seeds, inconclusive."
+        ),
+        "bounded": (
+            "Holds: the largest state of any token never exceeds state_bound() at 8 to 64 times the training depth, "
+            "in any "
+            "cell that trained, and rho(A) < 1 at every measurement. Else it does not hold; under 3 seeds inconclusive."
+        ),
+    }
+    sources = (
+        "Parcae 2604.12946 (plain residual looping diverges above 2e-4, LTI trains at 1e-3)",
+        "Huginn 2502.05171 (two failed runs)",
+    )
+    budget: ClassVar = {"quick": "1 minute on 2 cores", "full": "about 40 core-minutes"}
+    notes = (
+        "16 nodes in 4 chains, batches of 8, 200 steps at a fixed number of loops; all questions asked, none masked.",
+    )
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        if scale == "quick":
+            return [_cell(arm, rate, 8, 0) for arm in ("dense", "add") for rate in (3e-3, 3e-2)]
+        arms_and_depths = [(arm, depth) for arm in (*LOOPED, *PLAIN) for depth in DEPTHS]
+        arms_and_depths.remove(("plain-one-layer", DEPTHS[-1]))  # it has no depth to vary
+        return [_cell(arm, rate, depth, seed) for seed in range(3) for arm, depth in arms_and_depths for rate in RATES]
+
+    def run(self, cell: Cell, store: Path) -> list[Row]:
+        """Nothing here is worth keeping but the measurements."""
+        seen: list[tuple[int, dict[str, float]]] = []
+        losses: list[float] = []
+        found = train(cell, watch=_watcher(cell, seen), losses=losses)
+        trains = found.diverged is None and float(np.mean(losses[-LAST:])) < LEARNT * math.log(SIZES["n_nodes"])
+        setting = {"lr": cell.train.lr, "loops": cell.train.max_loops if not cell.model.is_plain else 0}
+        cost = {**sizes(cell), "training_flops": found.flops, **_speed(found)}
+        add = lambda metric, value, **more: row(  # noqa: E731
+            self.name, found, metric=metric, value=_finite(value), n=1, **setting, **cost, **more
+        )
+        rows = [add("trains", float(trains)), add("final_loss", float(np.mean(losses[-LAST:])) if losses else math.nan)]
+        rows += [add(metric, value, step=step) for step, values in seen for metric, value in values.items()]
+        return rows + [add(metric, value, times=times) for times, metric, value in _beyond(found, trains)]
+
+    def judge(self, rows: Sequence[Row]) -> list[Verdict]:
+        return [self._most_stable(rows), self._bounded(rows)]
+
+    def _verdict(
+        self, rule: str, rows: Sequence[Row], claim: str, outcome: Outcome, evidence: str, test: str
+    ) -> Verdict:
+        found = pick_rows(rows, model="dense")
+        seeds = len({row["seed"] for row in found})
+        outcome = outcome if seeds >= MIN_SEEDS else "inconclusive"
+        scale = f"at {found[0]['total']:,} parameters, on {TASKS[TASK].title}, {seeds} seeds"
+        return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
+
+    def _most_stable(self, rows: Sequence[Row]) -> Verdict:
+        share = shares(rows)
+        settings = [(rate, loops) for model, rate, loops in share if model == "dense"]
+        others = [model for model in ("linear", "add", "no-injection") if any(key[0] == model for key in share)]
+        behind = [at for at in settings if any(share[other, *at] == 1 for other in others) and share["dense", *at] < 1]
+        lost = [at for at in behind if share["dense", *at] < 0.5]
+        ahead = [at for at in settings if share["dense", *at] == 1 and share["add", *at] < 0.5]
+        nothing_fails = all(share[model, *at] == 1 for model in ("dense", *others) for at in settings)
+        outcome: Outcome = "inconclusive"
+        if nothing_fails:
+            outcome = "not tested at this scale"
+        elif lost:
+            outcome = "does not hold"
+        elif ahead and not behind:
+            outcome = "holds"
+        counted = {model: sum(share[model, *at] == 1 for at in settings) for model in ("dense", *others)}
+        evidence = ", ".join(f"{INJECTION[model]} trains in {n} of {len(settings)}" for model, n in counted.items())
+        test = "counts of (learning rate, loops) at which every seed trains"
+        return self._verdict(
+            "stable",
+            rows,
+            "LTI injection trains wherever another injection trains, and where `add` does not",
+            outcome,
+            evidence,
+            test,
+        )
+
+    def _bounded(self, rows: Sequence[Row]) -> Verdict:
+        found = [
+            r["value"] for r in pick_rows(rows, model="dense", metric="state_over_bound") if r["value"] is not None
+        ]
+        rho = [r["value"] for r in pick_rows(rows, model="dense", metric="rho") if r["value"] is not None]
+        control = [
+            r["value"] for r in pick_rows(rows, model="add", metric="state_over_bound") if r["value"] is not None
+        ]
+        outcome: Outcome = "holds" if found and max(found) <= 1 and max(rho) < 1 else "does not hold"
+        evidence = (
+            f"largest state / bound {max(found):.3g} over {len(found)} measurements; largest rho(A) {max(rho):.5f}"
+        )
+        if control:
+            evidence += f"; `add`, against the bound that lti has at its start, up to {max(control):.3g}"
+        test = f"maximum over seeds, rates and {', '.join(map(str, BEYOND))} times the training depth"
+        return self._verdict(
+            "bounded",
+            rows,
+            "LTI injection: the state stays within state_bound() far beyond training depth",
+            outcome,
+            evidence,
+            test,
+        )
+
+    def show(self, rows: Sequence[Row]) -> tuple[list[Table], list[Picture]]:
+        return [_share_table(rows), _dynamics_table(rows)], [_loss_picture(rows), _gradient_picture(rows)]
+
+
+INJECTION = {"dense": "lti", "linear": "linear", "add": "add", "no-injection": "none"}
+
+
+def _cell(arm: str, rate: float, loops: int, seed: int) -> Cell:
+    task = build_task(TASK, SIZES)
+    depth = {"depth": "fixed", "min_loops": 1, "max_loops": loops, "mean_loops": float(loops)}
+    schedule = {"steps": STEPS, "batch_size": 8, "warmup_steps": 20, "lr": rate}
+    plain = arms.ARMS[arm].role == "plain"
+    made = arms.cell(arm, task, seed=seed, masked=False, sizes=SIZES, **schedule, **(depth if not plain else {}))
+    n_layers = loops if arm == "plain-depth" else 1
+    model = replace(made.model, n_prelude_layers=n_layers) if plain else replace(made.model, n_loops=loops)
+    return replace(made, model=model, max_steps=0)
+
+
+def _watcher(
+    cell: Cell, seen: list[tuple[int, dict[str, float]]]
+) -> Callable[[int, RecurrentDepthTransformer, Batch], None] | None:
+    if cell.model.is_plain:
+        return None
+
+    def watch(step: int, model: RecurrentDepthTransformer, batch: Batch) -> None:
+        if step == 1 or step % EVERY == 0:
+            found = observe(model, batch, n_loops=cell.train.max_loops)
+            by_loop = {f"gradient_{i + 1}": value for i, value in enumerate(found.gradient)}
+            seen.append((step, {"rho": found.rho, "state": found.state, "radius": found.radius} | by_loop))
+
+    return watch
+
+
+def _beyond(found: Trained, trains: bool) -> Iterator[tuple[int, str, float]]:
+    """The largest state against the bound; without one of its own, against the one lti starts with."""
+    cell = found.cell
+    if cell.model.is_plain or not trains:
+        return
+    loops = cell.train.max_loops
+    bounded = cell.model.injection in ("lti", "linear")
+    reference = found.model if bounded else build(replace(cell, model=replace(cell.model, injection="lti")))
+    test = problems(cell.build_task(), 5, told=False, n=2)
+    reached = largest_state(found.model, test, depths=tuple(loops * times for times in BEYOND))
+    for times in BEYOND:
+        yield times, "state_over_bound", reached[loops * times] / reference.state_bound(loops * times)
+
+
+def _speed(found: Trained) -> dict[str, float]:
+    costs = Costs(found, found.cell.build_task())
+    at = costs.at(0 if costs.plain else found.cell.train.max_loops)
+    return {name: at[name] for name in ("latency_ms", "kv_bytes")}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def shares(rows: Sequence[Row]) -> dict[tuple[str, float, int], float]:
+    """{(model, learning rate, loops): share of seeds that train}"""
+    found: dict[tuple[str, float, int], list[float]] = {}
+    for r in pick_rows(rows, metric="trains"):
+        found.setdefault((r["model"], r["lr"], r["loops"]), []).append(r["value"])
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def _models(rows: Sequence[Row]) -> list[str]:
+    there = {row["model"] for row in rows}
+    return [model for model in (*LOOPED, *PLAIN) if model in there]
+
+
+def _share_table(rows: Sequence[Row]) -> Table:
+    share = shares(rows)
+    rates = sorted({rate for _, rate, _ in share})
+    lines = []
+    for model in _models(rows):
+        for loops in sorted({at for name, _, at in share if name == model}):
+            losses = [
+                [
+                    r["value"]
+                    for r in pick_rows(rows, model=model, loops=loops, lr=rate, metric="final_loss")
+                    if r["value"] is not None
+                ]
+                for rate in rates
+            ]
+            cells = (
+                f"{share[model, rate, loops]:.0%}, {judging.shown(loss) if loss else 'not finite'}"
+                for rate, loss in zip(rates, losses, strict=True)
+            )
+            lines.append((arms.ARMS[model].title, str(loops) if loops else "none", *cells))
+    head = ("model", "loops", *(f"lr {rate:g}" for rate in rates))
+    return Table(
+        title="Share of seeds that train, and their loss",
+        head=head,
+        rows=tuple(lines),
+        note="mean loss of the last 20 steps",
+    )
+
+
+def _dynamics_table(rows: Sequence[Row]) -> Table:
+    lines = []
+    for model in _models(rows):
+        for loops in sorted({r["loops"] for r in pick_rows(rows, model=model, metric="radius")}):
+            for step in (1, STEPS):
+                cells = []
+                for metric in ("rho", "state", "radius"):
+                    values = [r["value"] for r in pick_rows(rows, model=model, loops=loops, step=step, metric=metric)]
+                    there = [value for value in values if value is not None]
+                    cells.append(f"{min(there):.3g} … {max(there):.3g}" if there else "–")
+                lines.append((arms.ARMS[model].title, str(loops), str(step), *cells))
+    head = ("model", "loops", "step", "rho", "RMS(h) / RMS(e)", "loop Jacobian's spectral radius")
+    note = "smallest and largest over learning rates and seeds, of those still finite"
+    return Table(title="What the loop does", head=head, rows=tuple(lines), note=note)
+
+
+def _loss_picture(rows: Sequence[Row]) -> Picture:
+    share = shares(rows)
+    loops = max(at for _, _, at in share)
+    lines = []
+    for model in _models(rows):
+        at = loops if arms.ARMS[model].role != "plain" else 0
+        rates = sorted({rate for name, rate, depth in share if name == model and depth == at})
+        values = [
+            [
+                r["value"]
+                for r in pick_rows(rows, model=model, loops=at, lr=rate, metric="final_loss")
+                if r["value"] is not None
+            ]
+            for rate in rates
+        ]
+        mean = np.array([np.mean(found) if found else np.nan for found in values])
+        sd = np.array([np.std(found, ddof=1) if len(found) > 1 else np.nan for found in values])
+        lines.append(
+            figures.Curve(label=arms.ARMS[model].title, x=tuple(rates), mean=mean, sd=sd, kind=arms.ARMS[model].role)
+        )
+    figure = figures.curves(
+        lines,
+        title=f"Loss after {STEPS} steps at {loops} loops",
+        xlabel="learning rate",
+        ylabel="loss, nats",
+        log_x=True,
+        log_y=True,
+    )
+    caption = f"Mean loss of the last {LAST} steps by learning rate at {loops} loops; what is missing was not finite."
+    return Picture(name="loss-by-learning-rate", caption=caption, image=figures.png(figure))
+
+
+def _gradient_picture(rows: Sequence[Row]) -> Picture:
+    loops = max(row["loops"] for row in rows)
+    rate = min(row["lr"] for row in rows)
+    lines = []
+    for model in _models(rows):
+        if arms.ARMS[model].role == "plain":
+            continue
+        by_loop = [
+            [
+                r["value"]
+                for r in pick_rows(rows, model=model, loops=loops, lr=rate, step=STEPS, metric=f"gradient_{i + 1}")
+                if r["value"] is not None
+            ]
+            for i in range(loops)
+        ]
+        mean = np.array([np.mean(found) if found else np.nan for found in by_loop])
+        lines.append(
+            figures.Curve(
+                label=arms.ARMS[model].title,
+                x=tuple(range(1, loops + 1)),
+                mean=mean,
+                sd=None,
+                kind=arms.ARMS[model].role,
+            )
+        )
+    figure = figures.curves(
+        lines, title=f"Gradient by loop after {STEPS} steps", xlabel="loop", ylabel="‖∂loss/∂h‖", log_y=True
+    )
+    caption = f"Norm of the loss's gradient at the state after each loop, learning rate {rate:g}, mean over seeds."
+    return Picture(name="gradient-by-loop", caption=caption, image=figures.png(figure))

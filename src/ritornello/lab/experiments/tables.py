@@ -1,0 +1,41 @@
+"""Tables that every experiment shows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ritornello.lab.arms import ARMS
+from ritornello.lab.measure import Row, pick_rows
+from ritornello.lab.report import Table
+
+
+def costs_table(rows: Sequence[Row], models: Sequence[str]) -> Table:
+    """What each arm is and takes: parameters, training FLOPs, time and cache at the deepest forced depth shown."""
+    lines = []
+    for model in models:
+        found = pick_rows(rows, model=model, metric="accuracy", rule=None)
+        deepest = max(row["loops"] for row in found)
+        there = [row for row in found if row["loops"] == deepest]
+        mean = lambda name, there=there: float(np.mean([row[name] for row in there]))  # noqa: E731
+        lines.append(
+            (
+                ARMS[model].title,
+                *(f"{there[0][name]:,}" for name in ("total", "active", "non_embedding")),
+                f"{mean('training_flops') / 1e12:.1f}",
+                str(deepest) if deepest else "none",
+                f"{mean('latency_ms'):.1f}",
+                f"{mean('kv_bytes'):,.0f}",
+            )
+        )
+    head = (
+        "model",
+        "parameters",
+        "active",
+        "non-embedding",
+        "training TFLOPs",
+        "loops",
+        "ms a problem",
+        "KV bytes a token",
+    )
+    note = "ms and KV bytes (float32) at the number of loops named; means over seeds"
+    return Table(title="What the arms cost", head=head, rows=tuple(lines), note=note)

@@ -1,0 +1,189 @@
+"""What is measured of a trained model: accuracy by hops and loops, with and without stopping, and what it costs."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ritornello.accounting import kv_bytes_per_token
+from ritornello.config import ExitRule
+from ritornello.lab.cell import TEST_SEED, TEST_STREAM, Trained, sizes, to_batch
+from ritornello.lab.statistics import rank_correlation
+from ritornello.lab.tasks import Task
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import depth
+from ritornello.train.data import NO_LABEL, Batch
+from ritornello.train.evaluate import evaluating, hidden_by_depth
+
+N_PROBLEMS = 64  # for each number of hops; the same ones for every arm and seed
+Row = dict[str, Any]
+
+
+def problems(task: Task, hops: int, *, told: bool, n: int = 0) -> Batch:
+    """Test problems whose hardest question takes `hops`, the only ones asked; n = 0: N_PROBLEMS of them."""
+    rng = depth.generator(TEST_SEED, hops, TEST_STREAM)
+    found = task.sample(rng, np.full(n or N_PROBLEMS, hops), split="test")
+    batch = to_batch(task, found, told=told)
+    batch.labels[:] = np.where(found.hops == hops, batch.labels, NO_LABEL)
+    return batch
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.from_numpy(batch.labels)
+    return torch.from_numpy(batch.tokens), labels, labels != NO_LABEL
+
+
+@torch.no_grad()
+def accuracy(
+    model: RecurrentDepthTransformer, task: Task, *, hops: Sequence[int], loops: Sequence[int], n: int = 0
+) -> dict[int, dict[int, float]]:
+    """{loops: {hops: share of right answers}}; a plain model's one prediction stands under every number of loops."""
+    depths = sorted(set(loops))
+    found: dict[int, dict[int, float]] = {at: {} for at in depths}
+    with evaluating(model):
+        for k in hops:
+            tokens, labels, asked = _tensors(problems(task, k, told=model.config.is_plain, n=n))
+            for at, hidden in zip(depths, hidden_by_depth(model, tokens, None, depths), strict=True):
+                answers = model.logits(hidden[asked]).argmax(-1)
+                found[at][k] = float((answers == labels[asked]).double().mean())
+    return found
+
+
+@torch.no_grad()
+def stopping(
+    model: RecurrentDepthTransformer, task: Task, rule: ExitRule, *, hops: Sequence[int], max_loops: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each number of hops: whether each question was answered right, and the loops it took, when `rule` ends "
+    "them."""
+    with evaluating(model):
+        for k in hops:
+            tokens, labels, asked = _tensors(problems(task, k, told=False))
+            out = model(tokens, n_loops=max_loops, exit=rule, return_logits=False)
+            right = model.logits(out.hidden[asked]).argmax(-1) == labels[asked]
+            yield k, right.numpy(), out.loops_used[asked].numpy()
+
+
+@torch.no_grad()
+def latency(model: RecurrentDepthTransformer, task: Task, *, repeats: int = 5) -> tuple[float, float]:
+    """Milliseconds for one problem: of what runs once, and of each loop. Medians, one problem at a time."""
+    tokens = _tensors(problems(task, 1, told=model.config.is_plain, n=1))[0]
+    with evaluating(model):
+        one, nine = (_median_ms(model, tokens, n_loops, repeats) for n_loops in (1, 9))
+    per_loop = 0.0 if model.config.is_plain else max(0.0, (nine - one) / 8)
+    return one - per_loop, per_loop
+
+
+def _median_ms(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        model(tokens, n_loops=n_loops)
+        times.append(1e3 * (time.perf_counter() - start))
+    return median(times[1:])
+
+
+class Costs:
+    """What every row of a trained model states beside its result; FLOPs, milliseconds and bytes at its own depth."""
+
+    def __init__(self, found: Trained, task: Task) -> None:
+        self.found, self.plain = found, found.cell.model.is_plain
+        self.once_ms, self.loop_ms = latency(found.model, task)
+
+    def at(self, loops: float) -> Row:
+        """loops: those used, a mean where tokens stop by themselves; 0 for a plain model."""
+        config = self.found.cell.model
+        one, two = (kv_bytes_per_token(config, n_loops=n, policy="per_loop", bytes_per_number=4) for n in (1, 2))
+        bytes_kv = one if self.plain else one + (loops - 1) * (two - one)
+        return {
+            **sizes(self.found.cell),
+            "training_flops": self.found.flops,
+            "latency_ms": round(self.once_ms + loops * self.loop_ms, 3),
+            "kv_bytes": round(bytes_kv),
+        }
+
+
+def row(experiment: str, found: Trained, *, metric: str, value: float | None, n: int, **where: Any) -> Row:
+    """One line of results.jsonl; `where` gives hops, loops and costs. `n`: the questions behind `value`."""
+    cell = found.cell
+    names = {"experiment": experiment, "task": cell.task, "role": cell.role, "model": cell.arm, "seed": cell.seed}
+    place = {"hops": None, "loops": None, "metric": metric, "value": value, "n": n}
+    return names | place | where
+
+
+def pick_rows(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """The rows that have all these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def by_seed(rows: Sequence[Row], **wanted: Any) -> Mapping[int, float]:
+    """{seed: value} of the rows that have all these values, one for each seed."""
+    found = pick_rows(rows, **wanted)
+    values = {row["seed"]: row["value"] for row in found}
+    assert len(values) == len(found), wanted
+    return values
+
+
+def accuracy_rows(experiment: str, found: Trained, *, hops: Sequence[int], loops: Sequence[int]) -> list[Row]:
+    """The map of accuracies. A plain model has one column, loops = 0."""
+    task = found.cell.build_task()
+    costs = Costs(found, task)
+    by_loops = accuracy(found.model, task, hops=hops, loops=(1,) if costs.plain else loops)
+    asked = {k: int((problems(task, k, told=costs.plain).labels != NO_LABEL).sum()) for k in hops}
+    rows = []
+    for at, by_hops in by_loops.items():
+        at = 0 if costs.plain else at
+        for k, value in by_hops.items():
+            rows.append(
+                row(
+                    experiment,
+                    found,
+                    metric="accuracy",
+                    value=round(value, 5),
+                    n=asked[k],
+                    hops=k,
+                    loops=at,
+                    **costs.at(at),
+                )
+            )
+    return rows
+
+
+def stopping_rows(
+    experiment: str, found: Trained, rules: Mapping[str, ExitRule], *, hops: Sequence[int], max_loops: int
+) -> list[Row]:
+    """Accuracy and mean loops by hops where tokens stop by each of `rules`, and how well loops follow hops.
+
+    `rank_correlation`: Spearman's ρ between the hops of a question and the loops that it took, over all questions.
+    """
+    task, rows = found.cell.build_task(), []
+    costs = Costs(found, task)
+    for name, rule in rules.items():
+        every: list[tuple[int, np.ndarray, np.ndarray]] = list(
+            stopping(found.model, task, rule, hops=hops, max_loops=max_loops)
+        )
+        for k, right, used in every:
+            where = {"hops": k, "loops": max_loops, "rule": name, **costs.at(float(used.mean()))}
+            measured = {"accuracy": right.mean(), "loops_used": used.mean()}
+            rows += [
+                row(experiment, found, metric=metric, value=round(float(value), 5), n=len(used), **where)
+                for metric, value in measured.items()
+            ]
+        needed = np.concatenate([np.full(len(used), k) for k, _, used in every])
+        used = np.concatenate([used for _, _, used in every])
+        right = np.concatenate([right for _, right, _ in every])
+        where = {"loops": max_loops, "rule": name, **costs.at(float(used.mean()))}
+        measured = {
+            "rank_correlation": rank_correlation(needed, used),
+            "accuracy": float(right.mean()),
+            "loops_used": float(used.mean()),
+        }
+        rows += [
+            row(experiment, found, metric=metric, value=round(value, 5), n=len(used), **where)
+            for metric, value in measured.items()
+            if np.isfinite(value)
+        ]
+    return rows

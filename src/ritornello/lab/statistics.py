@@ -1,0 +1,61 @@
+"""What can be said of a few seeds: mean and spread, an interval, an exact comparison of two arms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+MIN_SEEDS = 3  # below, no claim is decided
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one value per seed: its mean, its standard deviation (n - 1), and a 95% t interval of the mean."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.sd:.3f} (n = {self.n})"
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """With one value there is no spread: sd and interval are NaN."""
+    from scipy import stats
+
+    x = np.asarray(values, dtype=np.float64)
+    assert len(x) > 0
+    if len(x) == 1:
+        return Summary(float(x[0]), np.nan, np.nan, np.nan, 1)
+    mean, sd = float(x.mean()), float(x.std(ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1)) * sd / len(x) ** 0.5
+    return Summary(mean, sd, mean - half, mean + half, len(x))
+
+
+def greater(a: Sequence[float], b: Sequence[float]) -> float:
+    """p of the exact one-sided permutation test that the mean of `a` is greater than that of `b`.
+
+    Exact for any distribution, ties included; with 3 seeds each it can't fall below 1/20, with 5 each 1/252.
+    """
+    from scipy import stats
+
+    def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        return x.mean(axis=axis) - y.mean(axis=axis)
+
+    samples = (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+    found = stats.permutation_test(samples, difference, vectorized=True, alternative="greater", n_resamples=np.inf)
+    return float(found.pvalue)
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's ρ; NaN where either does not vary."""
+    from scipy import stats
+
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(stats.spearmanr(x, y).statistic)

@@ -1,0 +1,30 @@
+"""The tasks by name: a new one is a file beside these and a line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ritornello.config import pick
+from ritornello.lab.tasks.base import Problems, Split, Task
+from ritornello.lab.tasks.chains import Chains
+from ritornello.lab.tasks.cyclic import Cyclic
+from ritornello.lab.tasks.facts import Facts
+from ritornello.lab.tasks.parity import Parity
+from ritornello.lab.tasks.s5 import S5WordProblem
+from ritornello.lab.tasks.trees import Trees
+
+__all__ = ["TASKS", "Problems", "Split", "Task", "build_task"]
+
+TASKS: dict[str, Task] = {
+    "cyclic": Cyclic(),
+    "chains": Chains(),
+    "trees": Trees(),
+    "parity": Parity(),
+    "s5": S5WordProblem(),
+    "facts": Facts(),
+}
+
+
+def build_task(name: str, sizes: Mapping[str, int]) -> Task:
+    """The task called `name` in other sizes than its usual ones."""
+    kind: Any = type(pick(TASKS, name, "task"))
+    return kind(**sizes)

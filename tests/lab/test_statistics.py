@@ -1,0 +1,69 @@
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from ritornello.lab import judging
+from ritornello.lab.statistics import greater, rank_correlation, summarise
+
+
+def slow_permutation_p(a: list[float], b: list[float]) -> float:
+    """The share of all relabellings whose difference of means is at least the one seen."""
+    pool, n = a + b, len(a)
+    seen = np.mean(a) - np.mean(b)
+    differences = []
+    for chosen in combinations(range(len(pool)), n):
+        x = [pool[i] for i in chosen]
+        y = [pool[i] for i in range(len(pool)) if i not in chosen]
+        differences.append(np.mean(x) - np.mean(y))
+    return float(np.mean([d >= seen - 1e-12 for d in differences]))
+
+
+def test_summary_of_known_numbers() -> None:
+    found = summarise([1.0, 2.0, 3.0])
+    assert (found.mean, found.sd, found.n) == (2.0, 1.0, 3)
+    half = 4.302652729749462 / math.sqrt(3)  # t at .975 with 2 degrees of freedom
+    assert found.low == pytest.approx(2 - half) and found.high == pytest.approx(2 + half)
+
+
+def test_one_seed_has_no_spread() -> None:
+    found = summarise([0.5])
+    assert found.mean == 0.5 and math.isnan(found.sd) and math.isnan(found.low)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [([0.9, 0.8, 0.95], [0.1, 0.2, 0.3]), ([0.5, 0.6, 0.5, 0.7], [0.55, 0.5, 0.5]), ([1.0] * 3, [1.0] * 3)]
+)
+def test_permutation_test_counts_relabellings(a: list[float], b: list[float]) -> None:
+    assert greater(a, b) == pytest.approx(slow_permutation_p(a, b))
+
+
+def test_control_the_slow_test_tells_directions_apart() -> None:
+    assert slow_permutation_p([0.9, 0.8, 0.95], [0.1, 0.2, 0.3]) < 0.1 < slow_permutation_p([0.1, 0.2], [0.9, 0.8])
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 31]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert math.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
+
+
+def test_reaches() -> None:
+    assert judging.reaches([0.96, 0.97, 0.98], 0.95) == "holds"
+    assert judging.reaches([0.10, 0.11, 0.12], 0.95) == "does not hold"
+    assert judging.reaches([0.60, 0.99, 0.99], 0.95) == "inconclusive"
+    assert judging.reaches([0.99, 0.99], 0.95) == "inconclusive"
+
+
+def test_is_better_asks_for_margin_and_certainty() -> None:
+    assert judging.is_better([0.9] * 5, [0.1] * 5)[0] == "holds"
+    assert judging.is_better([0.9] * 5, [0.85] * 5)[0] == "does not hold"
+    assert judging.is_better([0.9, 0.1, 0.9], [0.8, 0.1, 0.2])[0] == "inconclusive"
+    assert judging.is_better([0.9], [0.1])[0] == "inconclusive"
+
+
+def test_one_failure_decides() -> None:
+    assert judging.all_of(["holds", "does not hold", "inconclusive"]) == "does not hold"
+    assert judging.all_of(["holds", "inconclusive"]) == "inconclusive"
+    assert judging.all_of(["holds", "holds"]) == "holds"
