@@ -5,7 +5,7 @@ RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install demo lab test test-all check format clean
 
 install: $(DEV)
 
@@ -22,6 +22,9 @@ $(DEV): $(RUNTIME)
 
 demo: $(RUNTIME)
 	$(BIN)/ritornello demo
+
+lab: $(RUNTIME)
+	$(BIN)/ritornello lab run all --quick
 
 test: $(DEV)
 	$(PYTEST)

@@ -161,14 +161,27 @@ def test_depth_extrapolation_judges_by_its_rule() -> None:
     solved = {"article": 1.0, "dense": 1.0, "plain-depth": 1.0, "no-injection": 1.0}
     far = {"article": 1.0, "dense": 1.0, "plain-depth": 0.2, "no-injection": 0.1}
 
-    def outcomes(accuracy: dict[str, float], far: dict[str, float]) -> list[str]:
-        return [verdict.outcome for verdict in experiment.judge(made_up(experiment, accuracy, far))]
+    def outcome(claim: str, accuracy: dict[str, float], far: dict[str, float]) -> str:
+        rows = made_up(experiment, accuracy, far)
+        found = [verdict.outcome for verdict in experiment.judge(rows) if claim in verdict.claim]
+        assert len(found) == 1
+        return found[0]
 
-    assert outcomes(solved, far) == ["holds"] * 4
-    assert outcomes(solved | {"plain-depth": 0.9}, far)[2] == "inconclusive"  # it never solved what it was trained on
-    assert outcomes(solved, far | {"plain-depth": 0.99})[2] == "does not hold"
-    assert outcomes(solved, far | {"article": 0.3})[0] == "does not hold"
-    assert outcomes(solved, far | {"no-injection": 0.98})[3] == "does not hold"
+    assert {verdict.outcome for verdict in experiment.judge(made_up(experiment, solved, far))} == {"holds"}
+    reaches, falls, matters = "article model: trained", "plain, equal depth: falls behind the article", "no injection:"
+    assert outcome(reaches, solved, far | {"article": 0.3}) == "does not hold"
+    assert outcome(falls, solved | {"plain-depth": 0.9}, far) == "inconclusive"  # it never solved what it trained on
+    assert outcome(falls, solved, far | {"plain-depth": 0.99}) == "does not hold"
+    assert outcome(matters, solved, far | {"no-injection": 0.98}) == "does not hold"
+
+
+def test_too_many_loops_can_do_harm() -> None:
+    experiment = DepthExtrapolation()
+    rows = made_up(experiment, {"dense": 1.0}, {"dense": 1.0})
+    for row in rows:
+        row["value"] -= 0.1 if row["loops"] == LOOPS[-1] else 0
+    (verdict,) = [v for v in experiment.judge(rows) if "no worse" in v.claim]
+    assert verdict.outcome == "does not hold"
 
 
 def test_every_experiment_says_what_it_is() -> None:

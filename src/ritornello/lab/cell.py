@@ -13,17 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ritornello import recipes
 from ritornello.accounting import count_parameters, flops_per_token
-from ritornello.config import ModelConfig, TrainConfig
+from ritornello.config import ModelConfig, TrainConfig, require
 from ritornello.lab.tasks import Problems, Task, build_task
 from ritornello.model.carry import SingleStream
 from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.train import depth, files
+from ritornello.train import depth, files, tensors
 from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.halting import fit_gate
 from ritornello.train.optim import build_optimizers
@@ -35,6 +33,7 @@ TEST_STREAM = 3
 TEST_SEED = 2**31 - 1
 GATE_BATCHES = 8
 SOLVED = 0.99
+MODEL, CELL = "model.safetensors", "cell.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +133,8 @@ def to_batch(task: Task, problems: Problems, *, loops: Any = None, told: bool, f
 
 
 def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None = None) -> Trained:
-    """Train from scratch; `watch` sees every batch after its step, `losses` gets each loss (nats). Divergence ends "
-    "it."""
+    """Train from scratch. `watch` sees every batch after its step, `losses` gets each loss in nats; divergence is a
+    result."""
     task, model, settings, start = cell.build_task(), build(cell), cell.train, time.perf_counter()
     optimizers = build_optimizers(model, settings)
     step, flops, loss, diverged = 0, 0.0, math.nan, None
@@ -206,9 +205,8 @@ def trained(cell: Cell, store: Path) -> Trained:
     if not folder.exists():
         found = train(cell)
         with files.create_directory(folder) as temporary:
-            state = {name: x.contiguous() for name, x in found.model.state_dict().items()}
-            files.write_atomic(temporary / "model.safetensors", save_tensors(state))
-            files.write_atomic(temporary / "cell.json", describe(found).encode())
+            files.write_atomic(temporary / MODEL, tensors.pack(found.model.state_dict()))
+            files.write_atomic(temporary / CELL, describe(found).encode())
     return load(folder, cell)
 
 
@@ -220,13 +218,21 @@ def describe(found: Trained) -> str:
 
 
 def load(folder: Path, cell: Cell | None = None) -> Trained:
-    """A stored cell."""
-    mapping = recipes.parse_json(recipes.read_text(folder / "cell.json"), str(folder / "cell.json"))
+    """A stored cell.
+
+    Raises:
+        ValueError: files that are missing, damaged or another model's.
+    """
+    mapping = recipes.parse_json(recipes.read_text(folder / CELL), folder / CELL)
+    known = isinstance(mapping, dict) and mapping.keys() == {"cell", "trained"}
+    require(known, str(folder / CELL), mapping, "what the lab wrote")
     stored = recipes.validated(Cell, mapping["cell"])
     facts = mapping["trained"]
     facts["loss"] = math.nan if facts["loss"] is None else facts["loss"]
     model = build(stored if cell is None else cell)
-    model.load_state_dict(load_tensors((folder / "model.safetensors").read_bytes()))
+    state = tensors.read(folder / MODEL)
+    tensors.check(state, model.state_dict(), folder / MODEL)
+    model.load_state_dict(state)
     return Trained(cell=stored, model=model.eval(), **facts)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ritornello.lab.report import Outcome
-from ritornello.lab.statistics import MIN_SEEDS, Summary, greater, summarise
+from ritornello.lab.statistics import MIN_SEEDS, greater, summarise
 
 ALPHA = 0.05
 MARGIN = 0.1  # of accuracy; a smaller difference isn't worth a claim, however certain
@@ -22,7 +22,7 @@ def reaches(values: Sequence[float], threshold: float) -> Outcome:
 def is_better(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
     """Whether `a` is better than `b` by MARGIN, and the test in words."""
     if min(len(a), len(b)) < MIN_SEEDS:
-        return "inconclusive", f"none: {min(len(a), len(b))} seed(s)"
+        return "inconclusive", f"none: {seeds(min(len(a), len(b)))}"
     difference, p = summarise(a).mean - summarise(b).mean, greater(a, b)
     test = f"exact one-sided permutation test, difference {difference:+.3f}, p = {p:.3g}"
     if difference < MARGIN:
@@ -40,5 +40,9 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
 
 def shown(values: Sequence[float]) -> str:
     """mean ± sd over seeds"""
-    found: Summary = summarise(values)
-    return f"{found.mean:.3f}" + (f" ± {found.sd:.3f}" if found.n > 1 else " (one seed)")
+    found = summarise(values)
+    return f"{found.mean:.3f}" + (f" ± {found.sd:.3f}" if found.n > 1 else "")
+
+
+def seeds(n: int) -> str:
+    return "1 seed" if n == 1 else f"{n} seeds"

@@ -43,24 +43,21 @@ class AdaptiveDepth(TrainedExperiment):
     question = "Does the depth at which tokens stop follow the hops that their question takes, and what does it cost?"
     prediction = (
         "Loops used rise with hops for a gate fitted afterwards and for the training-free KL rule alike, at no loss "
-        "of accuracy; halting "
-        "trained from the start (ACT) stops at training's depth and loses the hops beyond it."
+        "of accuracy; halting trained from the start (ACT) stops at training's depth and loses the hops beyond it."
     )
     rules: ClassVar = {
         "follows": (
-            f"Spearman's ρ between hops and loops used, over all test questions. Holds: its 95% t interval over seeds "
-            f"lies "
-            f"above {FOLLOWS}. Does not hold: it lies below. Else, or under 3 seeds, inconclusive."
+            "Spearman's ρ between hops and loops used, over all test questions. Holds: its 95% t interval over "
+            f"seeds lies above {FOLLOWS}. Does not hold: it lies below. Else, or under 3 seeds, inconclusive."
         ),
         "costs": (
             f"Mean over seeds of the accuracy over all test questions. Holds: at most {CHEAP} below that of "
-            f"{FULL_DEPTH} "
-            "loops for every token. Else it does not hold; under 3 seeds inconclusive."
+            f"{FULL_DEPTH} loops for every token. Else it does not hold; under 3 seeds inconclusive."
         ),
         "better": (
             "Accuracy over questions of more than 5 hops. Holds: better by at least .1, with p <= .05 in the exact "
-            "one-sided permutation test over seeds. Does not hold: the difference is smaller than .1. Else, or under 3 "
-            "seeds, inconclusive."
+            "one-sided permutation test over seeds. Does not hold: the difference is smaller than .1. Else, or "
+            "under 3 seeds, inconclusive."
         ),
     }
     sources = (
@@ -110,7 +107,7 @@ class AdaptiveDepth(TrainedExperiment):
     ) -> Verdict:
         found = pick_rows(rows, model=model)
         seeds = len({row["seed"] for row in found})
-        scale = f"at {found[0]['total']:,} parameters, on {TASKS[TASK].title}, {seeds} seeds"
+        scale = f"at {found[0]['total']:,} parameters, on {TASKS[TASK].title}, {judging.seeds(seeds)}"
         return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
 
     def _follows(self, rows: Sequence[Row], model: str, rule: str) -> Verdict:
@@ -135,8 +132,8 @@ class AdaptiveDepth(TrainedExperiment):
         outcome: Outcome = "holds" if lost <= CHEAP else "does not hold"
         outcome = outcome if len(stopped) >= MIN_SEEDS else "inconclusive"
         evidence = (
-            f"accuracy {judging.shown(stopped)} in {judging.shown(used)} loops against {judging.shown(forced)} "
-            f"in {FULL_DEPTH}"
+            f"accuracy {judging.shown(stopped)} in {judging.shown(used)} loops against {judging.shown(forced)} in "
+            f"{FULL_DEPTH}"
         )
         claim = f"{arms.ARMS[model].title}, {rule}: stopping costs no accuracy"
         test = f"difference of means {lost:+.3f} against {CHEAP}"

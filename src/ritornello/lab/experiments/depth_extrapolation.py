@@ -12,12 +12,14 @@ from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
+from ritornello.lab.statistics import MIN_SEEDS
 from ritornello.lab.tasks import TASKS
 
 HOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20)
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64)
 TEST_LOOPS = 24  # what the claims are about, fixed before any result: enough for 20 hops with a few to spare
 FAR, FARTHEST = 10, 20
+CHEAP = 0.02  # of accuracy that too many loops may cost
 AIMS = {FAR: 0.95, FARTHEST: 0.90}
 RULES = {
     "learned hazard > .9": ExitRule("hazard", 0.9),
@@ -38,29 +40,27 @@ class DepthExtrapolation(TrainedExperiment):
     question = "Does a looped model trained on questions of at most 5 hops answer 10 and 20 hops when it loops more?"
     prediction = (
         "Looped models reach .95 at 10 hops and .90 at 20 with 24 loops after at most 8 in training; plain "
-        "transformers "
-        "that solve the training hops stay near guessing beyond them."
+        "transformers that solve the training hops stay near guessing beyond them."
     )
     rules: ClassVar = {
         "extrapolates": (
             f"Mean over seeds of the accuracy at {TEST_LOOPS} loops. Holds: at least .95 at {FAR} hops and .90 at "
-            f"{FARTHEST}. "
-            "Does not hold: the upper end of the 95% t interval of either lies below. Else, or under 3 seeds, "
-            "inconclusive."
+            f"{FARTHEST}. Does not hold: the upper end of the 95% t interval of either lies below. Else, or under 3 "
+            "seeds, inconclusive."
         ),
         "fails": (
             f"Inconclusive unless the plain model's mean on each training hop is at least {SOLVED}. Holds: at {FAR} "
-            f"hops "
-            "the looped model is better by at least .1, with p <= .05 in the exact one-sided permutation test over "
-            "seeds. "
-            "Does not hold: the difference is smaller than .1. Else, or under 3 seeds, inconclusive."
+            "hops the looped model is better by at least .1, with p <= .05 in the exact one-sided permutation test "
+            "over seeds. Does not hold: the difference is smaller than .1. Else, or under 3 seeds, inconclusive."
+        ),
+        "harmless": (
+            f"Mean over seeds and all hops. Holds: at {LOOPS[-1]} loops at most {CHEAP} below {TEST_LOOPS} loops. "
+            "Else it does not hold; under 3 seeds inconclusive."
         ),
         "matters": (
             f"Holds: at {FARTHEST} hops and {TEST_LOOPS} loops the unchanged model is better by at least .1, with p "
-            f"<= .05 "
-            "in the exact one-sided permutation test over seeds. Does not hold: the difference is smaller than .1. "
-            "Else, "
-            "or under 3 seeds, inconclusive."
+            "<= .05 in the exact one-sided permutation test over seeds. Does not hold: the difference is smaller "
+            "than .1. Else, or under 3 seeds, inconclusive."
         ),
     }
     sources = (
@@ -72,11 +72,9 @@ class DepthExtrapolation(TrainedExperiment):
     budget: ClassVar = {"quick": "4 minutes on 2 cores", "full": "about 4 core-hours"}
     notes = (
         "Depth mask: in training a looped model is asked only those questions that its number of loops can reach "
-        "(hops <= loops). "
-        "It is not told the number of hops, neither then nor in the test.",
-        "Plain models are asked every question at every step, and train on until they solve the training hops or have "
-        "spent 4 times "
-        "the article model's training FLOPs.",
+        "(hops <= loops). It is not told the number of hops, neither then nor in the test.",
+        "Plain models are asked every question at every step, and train on until they solve the training hops or "
+        "have spent 4 times the article model's training FLOPs.",
         "Guessing among those ends that some node points to is right in .13 of 5-hop questions and .24 of 20-hop ones.",
     )
 
@@ -94,14 +92,16 @@ class DepthExtrapolation(TrainedExperiment):
     def judge(self, rows: Sequence[Row]) -> list[Verdict]:
         found = Found(rows)
         verdicts = [self._extrapolates(found, arm) for arm in found.arms(LOOPED)]
-        best = found.best(LOOPED)
-        verdicts += [self._plain_fails(found, best, arm) for arm in found.arms(PLAIN)]
-        return verdicts + [self._matters(found, arm) for arm in found.arms(ABLATIONS)]
+        verdicts += [self._harmless(found, arm) for arm in found.arms((*LOOPED, "short-training"))]
+        opponents = found.arms(("article", "dense"))
+        verdicts += [self._plain_fails(found, looped, arm) for arm in found.arms(PLAIN) for looped in opponents]
+        ablations = found.arms(ABLATIONS) if found.arms(("dense",)) else []
+        return verdicts + [self._matters(found, arm) for arm in ablations]
 
     def _verdict(
         self, rule: str, found: "Found", arm: str, claim: str, outcome: Outcome, evidence: str, test: str
     ) -> Verdict:
-        scale = f"at {found.parameters(arm):,} parameters, on {TASKS[TASK].title}, {found.n_seeds(arm)} seeds"
+        scale = f"at {found.parameters(arm):,} parameters, on {TASKS[TASK].title}, {judging.seeds(found.n_seeds(arm))}"
         return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
 
     def _extrapolates(self, found: "Found", arm: str) -> Verdict:
@@ -111,6 +111,15 @@ class DepthExtrapolation(TrainedExperiment):
         claim = f"{arms.ARMS[arm].title}: trained on 5 hops and at most {arms.MAX_LOOPS} loops, answers {FARTHEST} hops"
         test = f"mean over seeds at {TEST_LOOPS} loops against .95 and .90"
         return self._verdict("extrapolates", found, arm, claim, outcome, ", ".join(said), test)
+
+    def _harmless(self, found: "Found", arm: str) -> Verdict:
+        before, after = (found.means(arm, loops) for loops in (TEST_LOOPS, LOOPS[-1]))
+        lost = float(np.mean(before) - np.mean(after))
+        outcome: Outcome = "holds" if lost <= CHEAP else "does not hold"
+        outcome = outcome if len(before) >= MIN_SEEDS else "inconclusive"
+        evidence = f"1 to 20 hops: {judging.shown(before)} at {TEST_LOOPS} loops, {judging.shown(after)} at {LOOPS[-1]}"
+        claim = f"{arms.ARMS[arm].title}: {LOOPS[-1]} loops are no worse than {TEST_LOOPS}"
+        return self._verdict("harmless", found, arm, claim, outcome, evidence, f"difference of means {lost:+.3f}")
 
     def _plain_fails(self, found: "Found", looped: str, arm: str) -> Verdict:
         trained_on = [hops for hops in HOPS if hops <= 5]
@@ -122,14 +131,15 @@ class DepthExtrapolation(TrainedExperiment):
             f"training hops: lowest mean {lowest:.3f}; {FAR} hops {judging.shown(found.values(arm, FAR))} against "
             f"{judging.shown(found.values(looped, FAR))} of the {arms.ARMS[looped].title}"
         )
-        claim = f"{arms.ARMS[arm].title}: does not go beyond the hops that it was trained on"
+        claim = f"{arms.ARMS[arm].title}: falls behind the {arms.ARMS[looped].title} beyond the training hops"
         return self._verdict("fails", found, arm, claim, outcome, evidence, test)
 
     def _matters(self, found: "Found", arm: str) -> Verdict:
         outcome, test = judging.is_better(found.values("dense", FARTHEST), found.values(arm, FARTHEST))
         evidence = (
             f"{FARTHEST} hops {judging.shown(found.values(arm, FARTHEST))} against "
-            f"{judging.shown(found.values('dense', FARTHEST))} unchanged; 5 hops {judging.shown(found.values(arm, 5))}"
+            f"{judging.shown(found.values('dense', FARTHEST))} unchanged; 5 hops "
+            f"{judging.shown(found.values(arm, 5))}"
         )
         claim = f"{arms.ARMS[arm].title}: costs the {arms.ARMS['dense'].title} its {FARTHEST} hops"
         return self._verdict("matters", found, arm, claim, outcome, evidence, test)
@@ -164,9 +174,9 @@ class Found:
         at = 0 if arms.ARMS[arm].role == "plain" else TEST_LOOPS if loops is None else loops
         return self._table[arm, hops, at]
 
-    def best(self, wanted: Sequence[str]) -> str:
-        """The first of these arms that has results: the one the claim is about."""
-        return self.arms(wanted)[0]
+    def means(self, arm: str, loops: int) -> list[float]:
+        """By seed, over all numbers of hops."""
+        return np.mean([self.values(arm, hops, loops) for hops in HOPS], axis=0).tolist()
 
     def parameters(self, arm: str) -> int:
         return pick_rows(self.rows, model=arm)[0]["total"]
@@ -179,7 +189,7 @@ class Found:
         by_seed = np.array([[self.values(arm, hops, at) for at in loops or (0,)] for hops in HOPS])
         return figures.HeatMap(
             title=arms.ARMS[arm].title,
-            note=f"{self.parameters(arm) / 1e3:.0f}k parameters, {by_seed.shape[-1]} seeds",
+            note=f"{self.parameters(arm) / 1e3:.0f}k parameters, {judging.seeds(by_seed.shape[-1])}",
             hops=HOPS,
             loops=loops,
             mean=by_seed.mean(-1),
@@ -199,11 +209,11 @@ def _map_picture(found: Found) -> Picture:
 
 
 def _caption(found: Found) -> str:
-    seeds = found.n_seeds(found.best(LOOPED))
+    seeds = max(found.n_seeds(arm) for arm in found.arms(LOOPED))
     return (
-        f"Accuracy on test problems by hops (up) and loops (right), mean of {seeds} seed(s); the box is what training "
-        f"covered. "
-        "The number of hops is never given; in training a question is asked only if the loops can reach it."
+        f"Accuracy on test problems by hops (up) and loops (right), mean of {judging.seeds(seeds)}; the box is what "
+        "training covered. The number of hops is never given; in training a question is asked only if the loops can "
+        "reach it."
     )
 
 

@@ -34,32 +34,26 @@ class Stability(Experiment):
     name = "stability"
     title = "Stability: who diverges?"
     question = (
-        "Does LTI injection train at learning rates and depths where other injections diverge, and does its state stay "
-        "bounded beyond training depth?"
+        "Does LTI injection train at learning rates and depths where other injections diverge, and does its state "
+        "stay bounded beyond training depth?"
     )
     prediction = (
-        "With `lti` the loss stays finite at every learning rate, and the state within state_bound() at 64 times the "
-        "training depth; with "
-        "`add`, which forgets nothing, high rates and 16 loops diverge."
+        "With `lti` the loss stays finite at every learning rate, and the state within state_bound() at 64 times "
+        "the training depth; with `add`, which forgets nothing, high rates and 16 loops diverge."
     )
     rules: ClassVar = {
         "stable": (
             "A cell trains if loss and gradient stay finite and the mean loss of its last 20 steps is below .9 "
-            "ln(number of "
-            "nodes), where ln(number of nodes) is the loss of guessing any node. A setting is a learning rate and a "
-            "number "
-            "of loops. Holds: in no setting does another injection train in every seed and lti not, and in some "
-            "setting "
-            "lti trains in every seed and `add` in fewer than half. Does not hold: somewhere another injection trains "
-            "in "
-            "every seed and lti in fewer than half. Not tested at this scale: every injection trains everywhere. "
-            "Else, or "
-            "under 3 seeds, inconclusive."
+            "ln(number of nodes), where ln(number of nodes) is the loss of guessing any node. A setting is a "
+            "learning rate and a number of loops. Holds: in no setting does another injection train in every seed "
+            "and lti not, and in some setting lti trains in every seed and `add` in fewer than half. Does not hold: "
+            "somewhere another injection trains in every seed and lti in fewer than half. Not tested at this scale: "
+            "every injection trains everywhere. Else, or under 3 seeds, inconclusive."
         ),
         "bounded": (
             "Holds: the largest state of any token never exceeds state_bound() at 8 to 64 times the training depth, "
-            "in any "
-            "cell that trained, and rho(A) < 1 at every measurement. Else it does not hold; under 3 seeds inconclusive."
+            "in any cell that trained, and rho(A) < 1 at every measurement. Else it does not hold; under 3 seeds "
+            "inconclusive."
         ),
     }
     sources = (
@@ -102,7 +96,7 @@ class Stability(Experiment):
         found = pick_rows(rows, model="dense")
         seeds = len({row["seed"] for row in found})
         outcome = outcome if seeds >= MIN_SEEDS else "inconclusive"
-        scale = f"at {found[0]['total']:,} parameters, on {TASKS[TASK].title}, {seeds} seeds"
+        scale = f"at {found[0]['total']:,} parameters, on {TASKS[TASK].title}, {judging.seeds(seeds)}"
         return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
 
     def _most_stable(self, rows: Sequence[Row]) -> Verdict:

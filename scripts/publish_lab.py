@@ -1,0 +1,59 @@
+"""Copy the results of `ritornello lab run … --full` into experiments/, and rewrite RESULTS.md from all that is there.
+
+python scripts/publish_lab.py [--date 2026-11-24] [--from runs/lab]
+"""
+
+import argparse
+import shutil
+import sys
+from datetime import date
+from pathlib import Path
+
+from ritornello.lab import campaign
+from ritornello.lab.experiments import EXPERIMENTS
+from ritornello.lab.report import Page, Verdict
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ("results.jsonl", "config.json", "report.html", "README.md", "*.png")
+HEAD = """# Results
+
+Every claim that was tested, with its verdict; what failed stands beside what held. Each was tested at one small scale,
+which its row names, by a rule that was written down before ([how](docs/lab.md)). `experiments/` holds the rows behind
+each figure.
+
+| claim | verdict | at which scale | evidence | experiment |
+|---|---|---|---|---|
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--date", default=date.today().isoformat())
+    parser.add_argument("--from", dest="source", type=Path, default=Path("runs/lab"))
+    options = parser.parse_args()
+    table = []
+    for name in EXPERIMENTS:
+        folder = campaign.folder_of(options.source, "full", name)
+        if not any((folder / "cells").glob("*.jsonl")):
+            print(f"{name}: nothing run yet")
+            continue
+        page = campaign.report_of(name, scale="full", out=options.source)
+        target = ROOT / "experiments" / f"{options.date}-{name}"
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in PUBLISHED:
+            for path in sorted(folder.glob(pattern)):
+                shutil.copyfile(path, target / path.name)
+        table += [row(verdict, target, page) for verdict in page.verdicts]
+        print(target)
+    (ROOT / "RESULTS.md").write_text(HEAD + "".join(table), encoding="utf-8")
+    return 0
+
+
+def row(verdict: Verdict, target: Path, page: Page) -> str:
+    link = f"[{target.name}](experiments/{target.name}/README.md), `{page.command}`"
+    cells = (verdict.claim, f"**{verdict.outcome}**", verdict.scale, verdict.evidence, link)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
