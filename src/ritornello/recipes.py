@@ -36,6 +36,14 @@ def find(name_or_path: str) -> Path:
     return shipped[name_or_path]
 
 
+def find_model(name_or_path: str | Path) -> Path:
+    """The directory of a shipped model's name, or of a path; one that exists comes first."""
+    path = Path(name_or_path)
+    folder = Path(str(resources.files("ritornello") / "shipped" / "models"))
+    shipped = {found.name: found for found in sorted(folder.iterdir()) if found.is_dir()}
+    return path if path.exists() or path.name != str(name_or_path) else shipped.get(path.name, path)
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a recipe file, unchecked: `from_mapping` does that after `apply_sets`."""
     text = read_text(path)

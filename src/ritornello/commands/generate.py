@@ -14,7 +14,10 @@ from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule,
 class Generate(Command):
     """Continue a text with a trained model, at any number of loops."""
 
-    path: Annotated[Positional[Path], arg(metavar="RUN", help="A run's directory, or one of its checkpoints.")]
+    path: Annotated[
+        Positional[Path],
+        arg(metavar="RUN", help="A run, one of its checkpoints, or `python`, a model that comes along."),
+    ]
     prompt: Annotated[str, arg(metavar="TEXT", help="What to continue.")]
     loops: Annotated[int | None, INTEGER, option("Depth; with --exit the most it may reach.")] = None
     exit: Annotated[str | None, option("Stop early: hazard, cumulative, kl, delta, entropy.", metavar="RULE")] = None
@@ -36,8 +39,9 @@ class Generate(Command):
             require_int("--loops", self.loops, 1, MAX_LOOPS)
 
         from ritornello.engine.generate import load, stream
+        from ritornello.recipes import find_model
 
-        loaded = load(self.path, device=self.device)
+        loaded = load(find_model(self.path), device=self.device)
         pieces = stream(
             loaded,
             self.prompt,

@@ -126,8 +126,7 @@ ARMS: dict[str, Arm] = {
     "add": Arm(role="ablation", title="additive injection", model={"injection": "add"}),
     "act-mixture": Arm(role="looped", title="ACT, mixture", model={"halting": "act", "read_out": "mixture"}),
     "act-last": Arm(role="looped", title="ACT, last state", model={"halting": "act"}),
-    "joint-gate": Arm(role="looped", title="gate trained jointly", train={"halting_loss": "expected"}),
-    "short-training": Arm(role="ablation", title="short training", train={"steps": STEPS * 2 // 5}),
+    "short-training": Arm(role="ablation", title="short training", train={"steps": STEPS * 3 // 5}),
 }
 
 

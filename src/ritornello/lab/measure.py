@@ -19,7 +19,7 @@ from ritornello.train import depth
 from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.evaluate import evaluating, hidden_by_depth
 
-N_PROBLEMS = 64  # for each number of hops; the same ones for every arm and seed
+N_PROBLEMS = 32  # for each number of hops; the same ones for every arm and seed
 Row = dict[str, Any]
 
 

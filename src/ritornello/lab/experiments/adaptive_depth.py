@@ -28,11 +28,8 @@ GATE_RULES = {
     **{f"entropy < {x}": ExitRule("entropy", x) for x in (1.0, 0.3, 0.1)},
 }
 ACT_RULES = {f"cumulative > {x}": ExitRule("cumulative", x) for x in (0.9, 0.99)}
-JOINT_RULES = {f"hazard > {x}": ExitRule("hazard", x) for x in (0.5, 0.9)} | {
-    f"cumulative > {x}": ExitRule("cumulative", x) for x in (0.5, 0.9)
-}
-MODELS = ("no-prelude", "dense", "act-mixture", "act-last", "joint-gate")
-OWN_RULE = {"act-mixture": "cumulative > 0.99", "act-last": "cumulative > 0.99", "joint-gate": "cumulative > 0.9"}
+MODELS = ("article", "no-prelude", "dense", "act-mixture", "act-last")
+OWN_RULE = {"act-mixture": "cumulative > 0.99", "act-last": "cumulative > 0.99"}
 FOLLOWS = 0.5  # Spearman's ρ above which loops are said to follow hops
 CHEAP = 0.02  # of accuracy that stopping may cost
 
@@ -81,9 +78,7 @@ class AdaptiveDepth(TrainedExperiment):
         return [arms.cell(arm, TASKS[TASK], seed=seed, masked=True) for seed in range(3) for arm in MODELS]
 
     def measure(self, found: Trained) -> list[Row]:
-        halting = found.cell.model.halting
-        joint = found.cell.train.halting_loss == "expected"
-        rules = ACT_RULES if halting == "act" else JOINT_RULES if joint else GATE_RULES
+        rules = ACT_RULES if found.cell.model.halting == "act" else GATE_RULES
         rows = accuracy_rows(self.name, found, hops=HOPS, loops=FORCED)
         return rows + stopping_rows(self.name, found, rules, hops=HOPS, max_loops=MAX_LOOPS)
 

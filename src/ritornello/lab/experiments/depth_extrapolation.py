@@ -29,8 +29,10 @@ RULES = {
 
 TASK = "chains"
 LOOPED = ("article", "no-prelude", "dense")
-PLAIN = ("plain-8x48", "plain-depth")
+PLAIN = ("plain-5x64", "plain-depth")
 ABLATIONS = ("no-injection", "slow-forgetting", "bf16-carry", "fixed-depth", "short-training")
+EVERY = (*LOOPED, *ABLATIONS, *PLAIN)
+FIVE_SEEDS = (*LOOPED, "no-injection", *PLAIN)  # the others have three
 PANELS = ("article", "no-injection", *PLAIN)
 
 
@@ -81,7 +83,7 @@ class DepthExtrapolation(TrainedExperiment):
     def cells(self, scale: Scale) -> list[Cell]:
         if scale == "quick":
             return [_chains("dense", 0, steps=arms.QUICK_STEPS), _chains("plain-depth", 0, steps=arms.QUICK_STEPS)]
-        return [_chains(arm, seed) for seed in range(5) for arm in (*LOOPED, *ABLATIONS, *PLAIN)]
+        return [_chains(arm, seed) for seed in range(5) for arm in EVERY if seed < 3 or arm in FIVE_SEEDS]
 
     def measure(self, found: Trained) -> list[Row]:
         rows = accuracy_rows(self.name, found, hops=HOPS, loops=LOOPS)
@@ -146,7 +148,7 @@ class DepthExtrapolation(TrainedExperiment):
 
     def show(self, rows: Sequence[Row]) -> tuple[list[Table], list[Picture]]:
         found = Found(rows)
-        every = found.arms((*LOOPED, *PLAIN, *ABLATIONS))
+        every = found.arms(EVERY)
         tables = [_accuracy_table(found, every), _stopping_table(rows, found.arms(LOOPED)), costs_table(rows, every)]
         return tables, [_map_picture(found), _curve_picture(found, every)]
 
