@@ -121,6 +121,7 @@ def test_rows_state_what_they_cost() -> None:
         assert {row["loops"] for row in rows} == loops and {row["hops"] for row in rows} == {1, 2}
         names = {"experiment", "task", "role", "model", "seed", "hops", "loops", "metric", "value", "n"}
         costs = {"total", "active", "non_embedding", "training_flops", "latency_ms", "kv_bytes"}
+        costs |= {"training_seconds", "peak_bytes"}
         assert all(set(row) == names | costs for row in rows)
         assert by_seed(rows, hops=1, loops=max(loops)).keys() == {0}
 

@@ -15,7 +15,7 @@ from ritornello.lab.tasks import Task
 
 MAX_LOOPS = 8  # in training
 STEPS = 3500
-QUICK_STEPS = 1800
+QUICK_STEPS: Mapping[Role, int] = {"looped": 2500, "plain": 1800}
 
 # The vocabulary is chains' for 32 nodes; a cell has its own task's.
 # One dense layer, no prelude, no coda, no positions: the least that learns to follow edges.
@@ -146,3 +146,9 @@ def cell(arm: str, task: Task, *, seed: int, masked: bool, sizes: Mapping[str, i
         masked=masked and chosen.role != "plain",
         **chosen.cell,
     )
+
+
+def quick(arm: str, task: Task) -> Cell:
+    """A cell of 3 minutes on one core: one seed, fewer steps, and a plain model that stops whether it solved or not."""
+    steps = QUICK_STEPS[ARMS[arm].role]
+    return replace(cell(arm, task, seed=0, masked=True, steps=steps), max_steps=0)

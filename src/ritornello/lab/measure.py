@@ -87,7 +87,7 @@ def _median_ms(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int, r
 
 
 class Costs:
-    """What every row of a trained model states beside its result; FLOPs, milliseconds and bytes at its own depth."""
+    """What every row of a trained model states beside its result; latency and cache at the row's number of loops."""
 
     def __init__(self, found: Trained, task: Task) -> None:
         self.found, self.plain = found, found.cell.model.is_plain
@@ -101,6 +101,8 @@ class Costs:
         return {
             **sizes(self.found.cell),
             "training_flops": self.found.flops,
+            "training_seconds": round(self.found.seconds, 1),
+            "peak_bytes": self.found.peak_bytes,
             "latency_ms": round(self.once_ms + loops * self.loop_ms, 3),
             "kv_bytes": round(bytes_kv),
         }

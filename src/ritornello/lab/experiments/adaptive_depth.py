@@ -74,7 +74,7 @@ class AdaptiveDepth(TrainedExperiment):
 
     def cells(self, scale: Scale) -> list[Cell]:
         if scale == "quick":
-            return [arms.cell("dense", TASKS[TASK], seed=0, masked=True, steps=arms.QUICK_STEPS)]
+            return [arms.quick("dense", TASKS[TASK])]
         return [arms.cell(arm, TASKS[TASK], seed=seed, masked=True) for seed in range(3) for arm in MODELS]
 
     def measure(self, found: Trained) -> list[Row]:

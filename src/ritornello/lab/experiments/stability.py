@@ -200,7 +200,7 @@ def _beyond(found: Trained, trains: bool) -> Iterator[tuple[int, str, float]]:
 def _speed(found: Trained) -> dict[str, float]:
     costs = Costs(found, found.cell.build_task())
     at = costs.at(0 if costs.plain else found.cell.train.max_loops)
-    return {name: at[name] for name in ("latency_ms", "kv_bytes")}
+    return {name: at[name] for name in ("latency_ms", "kv_bytes", "training_seconds", "peak_bytes")}
 
 
 def _finite(value: float) -> float | None:
