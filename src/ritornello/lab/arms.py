@@ -134,7 +134,10 @@ def cell(arm: str, task: Task, *, seed: int, masked: bool, sizes: Mapping[str, i
     """The cell of an arm on a task; `changes` of its training, for example a smaller number of steps."""
     chosen = ARMS[arm]
     model = replace(DENSE, vocab_size=task.vocab_size, n_token_tables=task.n_token_tables, **chosen.model)
-    train = replace(LOOPED, **(dict(chosen.train) | changes), seed=seed)
+    settings: dict[str, Any] = dict(chosen.train) | changes
+    if task.loops_say_hops and chosen.role != "plain":
+        settings = {"max_loops": task.train_hops, "mean_loops": (1 + task.train_hops) / 2} | settings
+    train = replace(LOOPED, **settings, seed=seed)
     return Cell(
         arm=arm,
         role=chosen.role,
@@ -143,6 +146,7 @@ def cell(arm: str, task: Task, *, seed: int, masked: bool, sizes: Mapping[str, i
         model=model,
         train=train,
         task_sizes=tuple(sizes.items()),
+        hops=task.train_hops,
         masked=masked and chosen.role != "plain",
         **chosen.cell,
     )
