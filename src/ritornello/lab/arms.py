@@ -134,9 +134,11 @@ def cell(arm: str, task: Task, *, seed: int, masked: bool, sizes: Mapping[str, i
     """The cell of an arm on a task; `changes` of its training, for example a smaller number of steps."""
     chosen = ARMS[arm]
     model = replace(DENSE, vocab_size=task.vocab_size, n_token_tables=task.n_token_tables, **chosen.model)
-    settings: dict[str, Any] = dict(chosen.train) | changes
+    settings: dict[str, Any] = {}
     if task.loops_say_hops and chosen.role != "plain":
-        settings = {"max_loops": task.train_hops, "mean_loops": (1 + task.train_hops) / 2} | settings
+        settings |= {"max_loops": task.train_hops, "mean_loops": (1 + task.train_hops) / 2}
+    settings |= chosen.train
+    settings |= changes
     train = replace(LOOPED, **settings, seed=seed)
     return Cell(
         arm=arm,
