@@ -68,6 +68,7 @@ def _run_all(name: str, scale: Scale, out: Path, missing: list[int], workers: in
         for future in as_completed(futures):
             yield future.result()
     finally:
+        # after a failure or Ctrl-C, a cell under way would go on for minutes; stopping the pool waits for it
         for process in list(pool._processes.values()) if pool._processes else []:
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -26,6 +26,12 @@ DEPTHS = (4, 16)
 STEPS, EVERY, LAST = 200, 50, 20
 LOOPED = ("dense", "linear", "add", "no-injection", "article")
 PLAIN = ("plain-depth", "plain-one-layer")
+INJECTION = {
+    "dense": "lti",
+    "linear": "linear",
+    "add": "add",
+    "no-injection": "none",
+}  # the arms that differ in nothing else
 BEYOND = (8, 16, 32, 64)  # times the training depth
 LEARNT = 0.9  # of the loss of guessing any node
 
@@ -154,9 +160,6 @@ class Stability(Experiment):
         return [_share_table(rows), _dynamics_table(rows)], [_loss_picture(rows), _gradient_picture(rows)]
 
 
-INJECTION = {"dense": "lti", "linear": "linear", "add": "add", "no-injection": "none"}
-
-
 def _cell(arm: str, rate: float, loops: int, seed: int) -> Cell:
     task = build_task(TASK, SIZES)
     depth = {"depth": "fixed", "min_loops": 1, "max_loops": loops, "mean_loops": float(loops)}
@@ -203,6 +206,10 @@ def _speed(found: Trained) -> dict[str, float]:
     return {name: at[name] for name in ("latency_ms", "kv_bytes", "training_seconds", "peak_bytes")}
 
 
+def _title(model: str) -> str:
+    return f"{INJECTION[model]} injection" if model in INJECTION else arms.ARMS[model].title
+
+
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
@@ -238,7 +245,7 @@ def _share_table(rows: Sequence[Row]) -> Table:
                 f"{share[model, rate, loops]:.0%}, {judging.shown(loss) if loss else 'not finite'}"
                 for rate, loss in zip(rates, losses, strict=True)
             )
-            lines.append((arms.ARMS[model].title, str(loops) if loops else "none", *cells))
+            lines.append((_title(model), str(loops) if loops else "none", *cells))
     head = ("model", "loops", *(f"lr {rate:g}" for rate in rates))
     return Table(
         title="Share of seeds that train, and their loss",
@@ -258,7 +265,7 @@ def _dynamics_table(rows: Sequence[Row]) -> Table:
                     values = [r["value"] for r in pick_rows(rows, model=model, loops=loops, step=step, metric=metric)]
                     there = [value for value in values if value is not None]
                     cells.append(f"{min(there):.3g} … {max(there):.3g}" if there else "–")
-                lines.append((arms.ARMS[model].title, str(loops), str(step), *cells))
+                lines.append((_title(model), str(loops), str(step), *cells))
     head = ("model", "loops", "step", "rho", "RMS(h) / RMS(e)", "loop Jacobian's spectral radius")
     note = "smallest and largest over learning rates and seeds, of those still finite"
     return Table(title="What the loop does", head=head, rows=tuple(lines), note=note)
@@ -281,9 +288,7 @@ def _loss_picture(rows: Sequence[Row]) -> Picture:
         ]
         mean = np.array([np.mean(found) if found else np.nan for found in values])
         sd = np.array([np.std(found, ddof=1) if len(found) > 1 else np.nan for found in values])
-        lines.append(
-            figures.Curve(label=arms.ARMS[model].title, x=tuple(rates), mean=mean, sd=sd, kind=arms.ARMS[model].role)
-        )
+        lines.append(figures.Curve(label=_title(model), x=tuple(rates), mean=mean, sd=sd, kind=arms.ARMS[model].role))
     figure = figures.curves(
         lines,
         title=f"Loss after {STEPS} steps at {loops} loops",
@@ -314,7 +319,7 @@ def _gradient_picture(rows: Sequence[Row]) -> Picture:
         mean = np.array([np.mean(found) if found else np.nan for found in by_loop])
         lines.append(
             figures.Curve(
-                label=arms.ARMS[model].title,
+                label=_title(model),
                 x=tuple(range(1, loops + 1)),
                 mean=mean,
                 sd=None,
