@@ -224,6 +224,8 @@ def _scale(axes: "Axes", places: Sequence[float], log_x: bool, log_y: bool) -> N
         axes.set_xscale("log", base=2 if places[-1] <= 1 << 16 else 10)  # loops and hops by doubling, FLOPs by tens
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
+        if len(ticks := sorted(set(places))) <= FEW_TICKS:
+            axes.set_xticks(ticks)
     elif all(float(x).is_integer() for x in places):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if log_y:
