@@ -23,6 +23,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX*"
 KINDS = {"looped": ("-", True), "plain": ("--", False), "ablation": (":", True)}  # dashes, filled marker
 FEW_CELLS = 24  # so many have room for their values
+FEW_TICKS = 8  # so many places are all named on a logarithmic axis
 MAX_BELOW = 6  # curves whose legend has room below the axes
 # Inches: a panel, the room around it, and the widest row of panels that stays legible when scaled to a page.
 HEIGHT, LEFT, GAP, TOP, BOTTOM, BAR, WIDEST = 2.7, 0.6, 0.45, 0.75, 0.55, 0.9, 11.5
