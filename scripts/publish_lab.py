@@ -19,7 +19,8 @@ HEAD = """# Results
 
 Every claim that was tested, with its verdict; what failed stands beside what held. Each was tested at one small scale,
 which its row names, by a rule that was written down before ([how](docs/lab.md)). `experiments/` holds the rows behind
-each figure.
+each figure. Campaigns are under way: a page says how many of its cells are finished, and nothing is decided before all
+are.
 
 | claim | verdict | at which scale | evidence | experiment |
 |---|---|---|---|---|
