@@ -6,6 +6,7 @@ see, (T + 1) / 2 on average. `decode`: T entries of a cache, for one query. MLA 
 side, as the model does. All tokens run the same loops.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -134,6 +135,12 @@ def flops_per_token(
     n_backward = min(n_loops, backprop_loops or n_loops) if training else 0
     work = sum(looped.values(), Cost()).work * (n_loops + 2 * n_backward)
     return round(2 * (work + sum(once.values(), Cost()).work * (3 if training else 1)))
+
+
+def at_mean_loops(cost: Callable[[int], float], n_loops: float) -> float:
+    """A cost that is linear in the number of loops, as all of these are, at a mean of it."""
+    one, two = cost(1), cost(2)
+    return one + (n_loops - 1) * (two - one)
 
 
 def kv_bytes_per_token(config: ModelConfig, *, n_loops: int, policy: CachePolicy, bytes_per_number: int = 2) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 from ritornello import recipes
 from ritornello.accounting import count_parameters, fit_ffn
 from ritornello.config import ModelConfig, Recipe, default_exit
+from ritornello.device import n_cores
 from ritornello.engine.generate import Loaded, generate, load
 from ritornello.progress import Progress
 from ritornello.train import files, metrics, ngram
@@ -89,12 +89,12 @@ def matched_plain(model: ModelConfig, n_parameters: int) -> ModelConfig:
 
 def _start_plain(plain: Sequence[Recipe], out: Path, offline: bool) -> Any:
     """Train the opponents in a process beside this one, half of the cores each; in this one if there is one core."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    arguments = ([recipes.to_json(recipe) for recipe in plain], str(out), max(1, n_cores // 2), offline)
-    if n_cores == 1:
+    cores = n_cores()
+    arguments = ([recipes.to_json(recipe) for recipe in plain], str(out), max(1, cores // 2), offline)
+    if cores == 1:
         _train_plain(*arguments)
         return None
-    torch.set_num_threads(n_cores - n_cores // 2)
+    torch.set_num_threads(cores - cores // 2)
     worker = multiprocessing.get_context("spawn").Process(target=_train_plain, args=arguments, daemon=True)
     worker.start()
     return worker

@@ -1,5 +1,7 @@
 """Where a run happens: CUDA, Apple's MPS or the CPU, chosen in this order."""
 
+import os
+
 import torch
 
 from ritornello.config import require, require_choice
@@ -36,3 +38,8 @@ def fallbacks(device: torch.device) -> tuple[str, ...]:
     if device.type == "mps":
         said.append("float64: not available on mps")
     return tuple(said)
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

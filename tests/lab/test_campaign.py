@@ -15,7 +15,7 @@ from ritornello.lab.experiments import EXPERIMENTS
 from ritornello.lab.experiments.base import Experiment
 from ritornello.lab.experiments.depth_extrapolation import HOPS, LOOPS, DepthExtrapolation
 from ritornello.lab.experiments.stability import Stability
-from ritornello.lab.measure import Row, by_seed, pick_rows
+from ritornello.lab.measure import Row, pick_rows
 
 
 def shorter(cell: Cell) -> Cell:
@@ -63,7 +63,8 @@ def test_run_resumes_by_cell_and_reports(tiny: Tiny, tmp_path: Path) -> None:
     assert {verdict.outcome for verdict in page.verdicts} == {"inconclusive"}  # two seeds decide nothing
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert {row["model"] for row in rows} == {cell.arm for cell in cells}
-    assert by_seed(rows, model="dense", metric="accuracy", rule=None, hops=10, loops=24).keys() == {0, 1}
+    dense = pick_rows(rows, model="dense", metric="accuracy", rule=None, hops=10, loops=24)
+    assert [row["seed"] for row in dense] == [0, 1]
     assert len(pick_rows(rows, model="plain-depth")) == 2 * 9
     assert "depth-extrapolation" in json.loads((folder / "config.json").read_text())["experiment"]
     for name in ("report.html", "README.md", "hops-by-loops.png", "accuracy-by-hops.png"):

@@ -10,7 +10,7 @@ import torch
 from ritornello.config import ExitRule
 from ritornello.lab import arms, cell
 from ritornello.lab.dynamics import largest_state, observe, spectral_radius
-from ritornello.lab.measure import Costs, accuracy, accuracy_rows, by_seed, problems, stopping_rows
+from ritornello.lab.measure import Costs, accuracy, accuracy_rows, pick_rows, problems, stopping_rows
 from ritornello.lab.tasks import build_task
 from ritornello.train.data import NO_LABEL
 
@@ -123,7 +123,7 @@ def test_rows_state_what_they_cost() -> None:
         costs = {"total", "active", "non_embedding", "training_flops", "latency_ms", "kv_bytes"}
         costs |= {"training_seconds", "peak_bytes"}
         assert all(set(row) == names | costs for row in rows)
-        assert by_seed(rows, hops=1, loops=max(loops)).keys() == {0}
+        assert [row["seed"] for row in pick_rows(rows, hops=1, loops=max(loops))] == [0]
 
 
 def test_kv_bytes_grow_with_loops() -> None:

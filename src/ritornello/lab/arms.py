@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ritornello.accounting import count_parameters, fit_ffn, flops_per_token
+from ritornello.accounting import at_mean_loops, count_parameters, fit_ffn, flops_per_token
 from ritornello.config import ModelConfig, TrainConfig
 from ritornello.lab.cell import Cell, Role
 from ritornello.lab.tasks import Task
@@ -85,9 +85,10 @@ class Arm:
 
 
 def _cost(model: ModelConfig, loops: float) -> float:
-    """Training FLOPs per token at a mean number of loops, in which they are linear; 64 tokens."""
-    one, two = (flops_per_token(model, seq_len=64, n_loops=n, training=True, convention="full") for n in (1, 2))
-    return one + (loops - 1) * (two - one)
+    """Training FLOPs per token at a mean number of loops, among 64 tokens."""
+    return at_mean_loops(
+        lambda n: flops_per_token(model, seq_len=64, n_loops=n, training=True, convention="full"), loops
+    )
 
 
 def _plain(title: str, n_layers: int, dim: int, n_parameters: int = 0) -> Arm:

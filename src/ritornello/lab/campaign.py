@@ -1,7 +1,6 @@
 """Runs the cells of an experiment in parallel processes; what is done is never done again."""
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ritornello import __version__, recipes
 from ritornello.config import pick, require
+from ritornello.device import n_cores
 from ritornello.lab import report
 from ritornello.lab.cell import Cell
 from ritornello.lab.experiments import EXPERIMENTS
@@ -84,13 +84,8 @@ def run_cell(name: str, scale: Scale, out: str, index: int, threads: int) -> str
     cell = experiment.cells(scale)[index]
     start = time.perf_counter()
     rows = experiment.run(cell, Path(out, "models"))
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    files.write_atomic(cell_file(folder_of(Path(out), scale, name), cell), text.encode())
+    write_rows(cell_file(folder_of(Path(out), scale, name), cell), rows)
     return f"{cell.task} {cell.arm} seed {cell.seed}: {time.perf_counter() - start:.0f} s"
-
-
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def config(experiment: Experiment, scale: Scale, cells: list[Cell]) -> str:
@@ -107,6 +102,10 @@ def config(experiment: Experiment, scale: Scale, cells: list[Cell]) -> str:
     }
     listed = {cell.name: asdict(cell) for cell in cells}
     return json.dumps(what | {"machine": machine, "versions": versions, "cells": listed}, indent=1) + "\n"
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    files.write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
 
 
 def read_rows(folder: Path, cells: list[Cell]) -> tuple[list[Row], int]:
@@ -128,8 +127,7 @@ def write_report(experiment: Experiment, scale: Scale, out: Path) -> report.Page
     rows, n_done = read_rows(folder, cells)
     remedy = f"{experiment.command(scale)} runs it"
     require(bool(rows), "experiment", experiment.name, f"one with results in {folder}", remedy)
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    files.write_atomic(folder / RESULTS, text.encode())
+    write_rows(folder / RESULTS, rows)
     tables, pictures = experiment.show(rows)
     unfinished = () if n_done == len(cells) else (f"{n_done} of {len(cells)} cells are finished.",)
     page = report.Page(

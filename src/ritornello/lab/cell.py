@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ritornello import recipes
-from ritornello.accounting import count_parameters, flops_per_token
+from ritornello.accounting import at_mean_loops, count_parameters, flops_per_token
 from ritornello.config import ModelConfig, TrainConfig, require
 from ritornello.lab.tasks import Problems, Task, build_task
 from ritornello.model.carry import SingleStream
@@ -176,12 +176,10 @@ def longer(settings: TrainConfig, cell: Cell) -> TrainConfig:
 
 
 def training_flops(cell: Cell, now: Batch, measured: dict[str, Any]) -> float:
-    """Per token, at this step's mean number of loops: FLOPs are linear in it."""
-    once, twice = (
-        flops_per_token(cell.model, seq_len=now.tokens.shape[1], n_loops=n, training=True, convention="full")
-        for n in (1, 2)
-    )
-    return once + (float(measured.get("mean_loops", 1.0)) - 1) * (twice - once)
+    """Per token, at this step's mean number of loops."""
+    how: Any = {"seq_len": now.tokens.shape[1], "training": True, "convention": "full"}
+    loops = float(measured.get("mean_loops", 1.0))
+    return at_mean_loops(lambda n: flops_per_token(cell.model, n_loops=n, **how), loops)
 
 
 @torch.no_grad()

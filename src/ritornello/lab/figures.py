@@ -31,8 +31,7 @@ HEIGHT, LEFT, GAP, TOP, BOTTOM, BAR, WIDEST = 2.7, 0.6, 0.45, 0.75, 0.55, 0.9, 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeatMap:
-    """Accuracies `mean` (hops, loops) in [0, 1], NaN where not measured; `loops` is () for a plain model, one "
-    "column."""
+    """Accuracies `mean` (hops, loops) in [0, 1], NaN where not measured; loops = () is a plain model, one column."""
 
     title: str
     note: str

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.accounting import kv_bytes_per_token
+from ritornello.accounting import at_mean_loops, kv_bytes_per_token
 from ritornello.config import ExitRule
 from ritornello.lab.cell import TEST_SEED, TEST_STREAM, Trained, sizes, to_batch
 from ritornello.lab.statistics import rank_correlation
@@ -57,8 +57,7 @@ def accuracy(
 def stopping(
     model: RecurrentDepthTransformer, task: Task, rule: ExitRule, *, hops: Sequence[int], max_loops: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each number of hops: whether each question was answered right, and the loops it took, when `rule` ends "
-    "them."""
+    """For each number of hops: whether each question was answered right, and its loops, where `rule` ends them."""
     with evaluating(model):
         for k in hops:
             tokens, labels, asked = _tensors(problems(task, k, told=False))
@@ -95,16 +94,15 @@ class Costs:
 
     def at(self, loops: float) -> Row:
         """loops: those used, a mean where tokens stop by themselves; 0 for a plain model."""
-        config = self.found.cell.model
-        one, two = (kv_bytes_per_token(config, n_loops=n, policy="per_loop", bytes_per_number=4) for n in (1, 2))
-        bytes_kv = one if self.plain else one + (loops - 1) * (two - one)
+        how: Any = {"policy": "per_loop", "bytes_per_number": 4}
+        kv_bytes = at_mean_loops(lambda n: kv_bytes_per_token(self.found.cell.model, n_loops=n, **how), loops)
         return {
             **sizes(self.found.cell),
             "training_flops": self.found.flops,
             "training_seconds": round(self.found.seconds, 1),
             "peak_bytes": self.found.peak_bytes,
             "latency_ms": round(self.once_ms + loops * self.loop_ms, 3),
-            "kv_bytes": round(bytes_kv),
+            "kv_bytes": round(kv_bytes),
         }
 
 
@@ -121,12 +119,9 @@ def pick_rows(rows: Sequence[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
-def by_seed(rows: Sequence[Row], **wanted: Any) -> Mapping[int, float]:
-    """{seed: value} of the rows that have all these values, one for each seed."""
-    found = pick_rows(rows, **wanted)
-    values = {row["seed"]: row["value"] for row in found}
-    assert len(values) == len(found), wanted
-    return values
+def values(rows: Sequence[Row], **wanted: Any) -> list[float]:
+    """Of the rows that have all these values, what was measured; what was not finite is left out."""
+    return [row["value"] for row in pick_rows(rows, **wanted) if row["value"] is not None]
 
 
 def accuracy_rows(experiment: str, found: Trained, *, hops: Sequence[int], loops: Sequence[int]) -> list[Row]:

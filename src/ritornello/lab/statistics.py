@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 MIN_SEEDS = 3  # below, no claim is decided
 LEVEL = 0.95
@@ -35,6 +35,11 @@ def summarise(values: Sequence[float]) -> Summary:
     mean, sd = float(x.mean()), float(x.std(ddof=1))
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1)) * sd / len(x) ** 0.5
     return Summary(mean, sd, mean - half, mean + half, len(x))
+
+
+def spread(by_seed: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """The standard deviation (n - 1) over the last axis, one entry a seed; None with one seed."""
+    return by_seed.std(-1, ddof=1) if by_seed.shape[-1] > 1 else None
 
 
 def greater(a: Sequence[float], b: Sequence[float]) -> float:

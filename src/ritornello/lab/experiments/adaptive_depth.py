@@ -10,9 +10,9 @@ from ritornello.lab import arms, figures, judging
 from ritornello.lab.cell import Cell, Trained
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
-from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows
+from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows, values
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
-from ritornello.lab.statistics import MIN_SEEDS, summarise
+from ritornello.lab.statistics import MIN_SEEDS, spread, summarise
 from ritornello.lab.tasks import TASKS
 
 TASK = "chains"
@@ -106,19 +106,19 @@ class AdaptiveDepth(TrainedExperiment):
         return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
 
     def _follows(self, rows: Sequence[Row], model: str, rule: str) -> Verdict:
-        values = [row["value"] for row in pick_rows(rows, model=model, rule=rule, metric="rank_correlation")]
+        rho = values(rows, model=model, rule=rule, metric="rank_correlation")
         claim = f"{arms.ARMS[model].title}, {rule}: loops used follow the hops needed"
-        if len(values) < MIN_SEEDS:
-            said = f"ρ {judging.shown(values)}" if values else "every token used the same number of loops"
+        if len(rho) < MIN_SEEDS:
+            said = f"ρ {judging.shown(rho)}" if rho else "every token used the same number of loops"
             return self._verdict(
                 "follows", rows, model, claim, "inconclusive", said, "none: fewer than 3 seeds with varying loops"
             )
-        found = summarise(values)
+        found = summarise(rho)
         outcome: Outcome = (
             "holds" if found.low > FOLLOWS else "does not hold" if found.high < FOLLOWS else "inconclusive"
         )
         test = f"95% t interval [{found.low:.3f}, {found.high:.3f}] of Spearman's ρ against {FOLLOWS}"
-        return self._verdict("follows", rows, model, claim, outcome, f"ρ {judging.shown(values)}", test)
+        return self._verdict("follows", rows, model, claim, outcome, f"ρ {judging.shown(rho)}", test)
 
     def _costs_nothing(self, rows: Sequence[Row], model: str, rule: str) -> Verdict:
         stopped, used = overall(rows, model, rule), overall(rows, model, rule, metric="loops_used")
@@ -153,7 +153,7 @@ class AdaptiveDepth(TrainedExperiment):
 
 def overall(rows: Sequence[Row], model: str, rule: str, *, metric: str = "accuracy") -> list[float]:
     """Over all questions, by seed."""
-    return [row["value"] for row in pick_rows(rows, model=model, rule=rule, metric=metric, hops=None)]
+    return values(rows, model=model, rule=rule, metric=metric, hops=None)
 
 
 def _weighted(rows: Sequence[Row]) -> list[float]:
@@ -183,7 +183,7 @@ def _table(rows: Sequence[Row], models: Sequence[str]) -> Table:
     lines = []
     for model in models:
         for rule in rules_of(rows, model):
-            rho = [row["value"] for row in pick_rows(rows, model=model, rule=rule, metric="rank_correlation")]
+            rho = values(rows, model=model, rule=rule, metric="rank_correlation")
             stopped, used = overall(rows, model, rule), overall(rows, model, rule, metric="loops_used")
             shown = judging.shown(rho) if rho else "no variation"
             lines.append((arms.ARMS[model].title, rule, judging.shown(stopped), judging.shown(used), shown))
@@ -239,16 +239,12 @@ def _follow_picture(rows: Sequence[Row], models: Sequence[str]) -> Picture:
     lines = []
     for model in models:
         for rule in (OWN_RULE[model],) if model in OWN_RULE else (LEARNED, FREE):
-            used = np.array(
-                [
-                    [r["value"] for r in pick_rows(rows, model=model, rule=rule, metric="loops_used", hops=k)]
-                    for k in HOPS
-                ]
-            )
-            sd = used.std(-1, ddof=1) if used.shape[-1] > 1 else None
+            used = np.array([values(rows, model=model, rule=rule, metric="loops_used", hops=k) for k in HOPS])
             kind = "ablation" if model in OWN_RULE else "looped"
             lines.append(
-                figures.Curve(label=f"{arms.ARMS[model].title}, {rule}", x=HOPS, mean=used.mean(-1), sd=sd, kind=kind)
+                figures.Curve(
+                    label=f"{arms.ARMS[model].title}, {rule}", x=HOPS, mean=used.mean(-1), sd=spread(used), kind=kind
+                )
             )
     figure = figures.curves(
         lines, title="Loops used by hops needed", xlabel="hops", ylabel="mean loops used", vertical={5: "training"}

@@ -3,14 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from ritornello.lab.cell import Cell, Trained, trained
 from ritornello.lab.measure import Row
 from ritornello.lab.report import Picture, Table, Verdict
 
 Scale = Literal["quick", "full"]
-SCALES: tuple[Scale, ...] = get_args(Scale)
 
 
 class Experiment(ABC):

@@ -10,9 +10,9 @@ from ritornello.lab import arms, figures, judging
 from ritornello.lab.cell import SOLVED, Cell, Trained
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
-from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows
+from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows, values
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
-from ritornello.lab.statistics import MIN_SEEDS
+from ritornello.lab.statistics import MIN_SEEDS, spread
 from ritornello.lab.tasks import TASKS
 
 HOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20)
@@ -195,7 +195,7 @@ class Found:
             hops=HOPS,
             loops=loops,
             mean=by_seed.mean(-1),
-            sd=by_seed.std(-1, ddof=1) if by_seed.shape[-1] > 1 else None,
+            sd=spread(by_seed),
         )
 
 
@@ -223,9 +223,10 @@ def _curve_picture(found: Found, every: Sequence[str]) -> Picture:
     lines = []
     for arm in every:
         by_seed = np.array([found.values(arm, hops) for hops in HOPS])
-        sd = by_seed.std(-1, ddof=1) if by_seed.shape[-1] > 1 else None
         role = arms.ARMS[arm].role
-        lines.append(figures.Curve(label=arms.ARMS[arm].title, x=HOPS, mean=by_seed.mean(-1), sd=sd, kind=role))
+        lines.append(
+            figures.Curve(label=arms.ARMS[arm].title, x=HOPS, mean=by_seed.mean(-1), sd=spread(by_seed), kind=role)
+        )
     figure = figures.curves(
         lines,
         title=f"Accuracy by hops at {TEST_LOOPS} loops",
@@ -255,9 +256,7 @@ def _stopping_table(rows: Sequence[Row], looped: Sequence[str]) -> Table:
     for arm in looped:
         for rule in RULES:
             at = {
-                (metric, hops): [
-                    row["value"] for row in pick_rows(rows, model=arm, rule=rule, metric=metric, hops=hops)
-                ]
+                (metric, hops): values(rows, model=arm, rule=rule, metric=metric, hops=hops)
                 for metric in ("accuracy", "loops_used")
                 for hops in (5, 10, 20)
             }

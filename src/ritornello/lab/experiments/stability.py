@@ -12,7 +12,7 @@ from ritornello.lab import arms, figures, judging
 from ritornello.lab.cell import Cell, Trained, build, sizes, train
 from ritornello.lab.dynamics import largest_state, observe
 from ritornello.lab.experiments.base import Experiment, Scale
-from ritornello.lab.measure import Costs, Row, pick_rows, problems, row
+from ritornello.lab.measure import Costs, Row, pick_rows, problems, row, values
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
 from ritornello.lab.statistics import MIN_SEEDS
 from ritornello.lab.tasks import TASKS, build_task
@@ -133,13 +133,9 @@ class Stability(Experiment):
         )
 
     def _bounded(self, rows: Sequence[Row]) -> Verdict:
-        found = [
-            r["value"] for r in pick_rows(rows, model="dense", metric="state_over_bound") if r["value"] is not None
-        ]
-        rho = [r["value"] for r in pick_rows(rows, model="dense", metric="rho") if r["value"] is not None]
-        control = [
-            r["value"] for r in pick_rows(rows, model="add", metric="state_over_bound") if r["value"] is not None
-        ]
+        found = values(rows, model="dense", metric="state_over_bound")
+        rho = values(rows, model="dense", metric="rho")
+        control = values(rows, model="add", metric="state_over_bound")
         outcome: Outcome = "holds" if found and max(found) <= 1 and max(rho) < 1 else "does not hold"
         evidence = (
             f"largest state / bound {max(found):.3g} over {len(found)} measurements; largest rho(A) {max(rho):.5f}"
@@ -233,14 +229,7 @@ def _share_table(rows: Sequence[Row]) -> Table:
     lines = []
     for model in _models(rows):
         for loops in sorted({at for name, _, at in share if name == model}):
-            losses = [
-                [
-                    r["value"]
-                    for r in pick_rows(rows, model=model, loops=loops, lr=rate, metric="final_loss")
-                    if r["value"] is not None
-                ]
-                for rate in rates
-            ]
+            losses = [values(rows, model=model, loops=loops, lr=rate, metric="final_loss") for rate in rates]
             cells = (
                 f"{share[model, rate, loops]:.0%}, {judging.shown(loss) if loss else 'not finite'}"
                 for rate, loss in zip(rates, losses, strict=True)
@@ -262,8 +251,7 @@ def _dynamics_table(rows: Sequence[Row]) -> Table:
             for step in (1, STEPS):
                 cells = []
                 for metric in ("rho", "state", "radius"):
-                    values = [r["value"] for r in pick_rows(rows, model=model, loops=loops, step=step, metric=metric)]
-                    there = [value for value in values if value is not None]
+                    there = values(rows, model=model, loops=loops, step=step, metric=metric)
                     cells.append(f"{min(there):.3g} … {max(there):.3g}" if there else "–")
                 lines.append((_title(model), str(loops), str(step), *cells))
     head = ("model", "loops", "step", "rho", "RMS(h) / RMS(e)", "loop Jacobian's spectral radius")
@@ -278,16 +266,9 @@ def _loss_picture(rows: Sequence[Row]) -> Picture:
     for model in _models(rows):
         at = loops if arms.ARMS[model].role != "plain" else 0
         rates = sorted({rate for name, rate, depth in share if name == model and depth == at})
-        values = [
-            [
-                r["value"]
-                for r in pick_rows(rows, model=model, loops=at, lr=rate, metric="final_loss")
-                if r["value"] is not None
-            ]
-            for rate in rates
-        ]
-        mean = np.array([np.mean(found) if found else np.nan for found in values])
-        sd = np.array([np.std(found, ddof=1) if len(found) > 1 else np.nan for found in values])
+        losses = [values(rows, model=model, loops=at, lr=rate, metric="final_loss") for rate in rates]
+        mean = np.array([np.mean(found) if found else np.nan for found in losses])
+        sd = np.array([np.std(found, ddof=1) if len(found) > 1 else np.nan for found in losses])
         lines.append(figures.Curve(label=_title(model), x=tuple(rates), mean=mean, sd=sd, kind=arms.ARMS[model].role))
     figure = figures.curves(
         lines,
@@ -309,11 +290,7 @@ def _gradient_picture(rows: Sequence[Row]) -> Picture:
         if arms.ARMS[model].role == "plain":
             continue
         by_loop = [
-            [
-                r["value"]
-                for r in pick_rows(rows, model=model, loops=loops, lr=rate, step=STEPS, metric=f"gradient_{i + 1}")
-                if r["value"] is not None
-            ]
+            values(rows, model=model, loops=loops, lr=rate, step=STEPS, metric=f"gradient_{i + 1}")
             for i in range(loops)
         ]
         mean = np.array([np.mean(found) if found else np.nan for found in by_loop])
