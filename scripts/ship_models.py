@@ -23,14 +23,19 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo/rdt"))
     parser.add_argument("--lab", type=Path, default=Path("runs/lab"))
     options = parser.parse_args()
-    shutil.rmtree(SHIPPED, ignore_errors=True)
-    ship_text(options.demo, SHIPPED / "python")
+    made = SHIPPED.with_name("models.new")
+    shutil.rmtree(made, ignore_errors=True)
+    ship_text(options.demo, made / "python")
     for name, arm in FROM_LAB.items():
         cell = arms.cell(arm, TASKS["chains"], seed=0, masked=True)
-        shutil.copytree(options.lab / "models" / cell.name, SHIPPED / name)
-    size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
+        shutil.copytree(options.lab / "models" / cell.name, made / name)
+    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
     print(f"{size:,} bytes of {MAX_BYTES:,}")
-    return int(size > MAX_BYTES)
+    if size > MAX_BYTES:
+        return 1
+    shutil.rmtree(SHIPPED, ignore_errors=True)
+    made.rename(SHIPPED)
+    return 0
 
 
 def ship_text(run: Path, target: Path) -> None:

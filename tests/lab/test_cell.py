@@ -10,7 +10,7 @@ import torch
 from ritornello.config import ExitRule
 from ritornello.lab import arms, cell
 from ritornello.lab.dynamics import largest_state, observe, spectral_radius
-from ritornello.lab.measure import Costs, accuracy, accuracy_rows, pick_rows, problems, stopping_rows
+from ritornello.lab.measure import Costs, Questions, accuracy, accuracy_rows, pick_rows, problems, stopping_rows
 from ritornello.lab.tasks import build_task
 from ritornello.train.data import NO_LABEL
 
@@ -76,6 +76,29 @@ def test_plain_models_are_told_what_loops_would_say() -> None:
     assert {int(x) for x in np.unique(cell.batch(looped, task, 0).tokens[:, 8:, 1])} == {8}
 
 
+def test_plain_models_answer_the_same_questions_where_loops_say_hops() -> None:
+    task = build_task("cyclic", {"n_nodes": 8})
+    looped, plain = (
+        arms.cell(arm, task, seed=0, masked=False, sizes={"n_nodes": 8}) for arm in ("dense", "plain-depth")
+    )
+    assert all((cell.batch(looped, task, step).labels == cell.batch(plain, task, step).labels).all() for step in (0, 5))
+
+
+def test_questions_are_as_many_as_asked_for_of_each_hop() -> None:
+    for hops in (1, 2, 5):
+        batch = problems(TASK, hops, told=False, n=9)
+        assert (batch.labels != NO_LABEL).sum() == 9
+        rows = (batch.labels != NO_LABEL).any(axis=1)
+        assert rows.all()  # none is computed for nothing
+    assert (problems(TASK, 2, told=False, n=4).labels == problems(TASK, 2, told=False, n=4).labels).all()
+
+
+def test_validation_problems_are_of_the_training_split() -> None:
+    test, fresh = (problems(TASK, 4, told=False, n=20, split=split).tokens for split in ("test", "train"))
+    keys = lambda tokens: {tuple(key) for key in TASK.keys(tokens, np.full(len(tokens), 4)).tolist()}  # noqa: E731
+    assert not keys(test) & keys(fresh)
+
+
 def test_unsolved_training_goes_on_up_to_its_limit() -> None:
     found = cell.train(replace(small("plain-depth", steps=10), max_steps=13))
     assert found.steps == 13
@@ -105,7 +128,7 @@ def test_bf16_carry_rounds_the_state() -> None:
 
 def test_accuracy_counts_right_answers() -> None:
     model = cell.build(small()).eval()
-    found = accuracy(model, TASK, hops=(1, 3), loops=(2, 5), n=16)
+    found = accuracy(model, Questions.of(model, TASK, (1, 3), n=16), (2, 5))
     batch = problems(TASK, 3, told=False, n=16)
     with torch.no_grad():
         answers = model(torch.from_numpy(batch.tokens), n_loops=5).logits.argmax(-1).numpy()
@@ -121,7 +144,7 @@ def test_rows_state_what_they_cost() -> None:
         assert {row["loops"] for row in rows} == loops and {row["hops"] for row in rows} == {1, 2}
         names = {"experiment", "task", "role", "model", "seed", "hops", "loops", "metric", "value", "n"}
         costs = {"total", "active", "non_embedding", "training_flops", "latency_ms", "kv_bytes"}
-        costs |= {"training_seconds", "peak_bytes"}
+        costs |= {"training_seconds", "peak_bytes", "steps", "diverged"}
         assert all(set(row) == names | costs for row in rows)
         assert [row["seed"] for row in pick_rows(rows, hops=1, loops=max(loops))] == [0]
 
@@ -139,13 +162,11 @@ def test_stopping_never_stops_at_threshold_zero() -> None:
     )
     used = {row["rule"]: row["value"] for row in rows if row["metric"] == "loops_used" and row["hops"] == 2}
     assert used == {"never": 6.0, "at once": 1.0}
-    assert not [row for row in rows if row["metric"] == "rank_correlation"]  # neither varies
+    assert {row["value"] for row in rows if row["metric"] == "rank_correlation"} == {0.0}  # neither varies
 
 
 def test_training_flops_are_linear_in_loops() -> None:
-    x = small()
-    batch = cell.batch(x, TASK, 0)
-    one, two, four = (cell.training_flops(x, batch, {"mean_loops": n}) for n in (1.0, 2.0, 4.0))
+    one, two, four = (cell.training_flops(small(), seq_len=16, loops=n) for n in (1.0, 2.0, 4.0))
     assert four - two == pytest.approx(2 * (two - one)) and two > one
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ritornello.lab.figures import KINDS, Curve, HeatMap, curves, heat_maps, png, scatter
+from ritornello.lab.figures import KINDS, Curve, HeatMap, curves, heat_maps, png
 
 HOPS = (1, 2, 5, 10)
 X = (1.0, 2.0, 4.0)
@@ -89,7 +89,6 @@ def test_curves_are_drawn_without_a_warning(n: int) -> None:
     assert {"training", "claim", "chance (0.125)", *map(str, range(n))} <= set(texts(figure))
     beside = figure.legends[0].get_window_extent().x0 > figure.axes[0].get_window_extent().x1
     assert beside == (n > 6)
-    assert png(scatter(lines, **look, labels={"0": ["a", "b", "c"]}), dpi=40)
 
 
 def test_curves_with_gaps_and_bands_below_a_log_scale() -> None:
@@ -121,7 +120,6 @@ def test_curves_differ_without_colour() -> None:
         (lambda: curve(kind="loop"), "did you mean 'looped'"),
         (lambda: draw_maps(), "maps"),
         (lambda: curves([], title="", xlabel="", ylabel=""), "lines"),
-        (lambda: scatter([curve()], labels={"looped": ["a"]}, title="", xlabel="", ylabel=""), "labels"),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:

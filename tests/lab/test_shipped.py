@@ -6,7 +6,7 @@ import pytest
 from ritornello import generate, load
 from ritornello.config import default_exit
 from ritornello.lab import cell
-from ritornello.lab.measure import accuracy, stopping
+from ritornello.lab.measure import Questions, accuracy, stopping
 from ritornello.recipes import find_model
 
 MODELS = ("chains", "chains-moe")
@@ -17,7 +17,7 @@ def test_chain_models_reach_further_than_they_were_trained(name: str) -> None:
     found = cell.load(find_model(name))
     assert found.cell.hops == 5 and found.cell.train.max_loops == 8
     task = found.cell.build_task()
-    by_loops = accuracy(found.model, task, hops=(5, 10), loops=(8, 12), n=16)
+    by_loops = accuracy(found.model, Questions.of(found.model, task, (5, 10), n=16), (8, 12))
     assert by_loops[12][10] > 0.9 and by_loops[8][5] > 0.9
     assert by_loops[8][10] < 0.3  # eight loops cannot reach ten hops
 
@@ -26,10 +26,8 @@ def test_chain_model_stops_when_it_is_there() -> None:
     found = cell.load(find_model("chains"))
     rule = default_exit("gate")
     assert rule is not None
-    used = {
-        k: loops.mean()
-        for k, _, loops in stopping(found.model, found.cell.build_task(), rule, hops=(2, 5), max_loops=16)
-    }
+    questions = Questions.of(found.model, found.cell.build_task(), (2, 5), n=32)
+    used = {k: loops.mean() for k, _, loops in stopping(found.model, questions, rule, max_loops=16)}
     assert used[2] == pytest.approx(3, abs=0.3) and used[5] == pytest.approx(6, abs=0.3)
 
 

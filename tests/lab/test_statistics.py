@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ritornello.lab import judging
-from ritornello.lab.statistics import greater, rank_correlation, summarise
+from ritornello.lab.statistics import difference, greater, rank_correlation, summarise
 
 
 def slow_permutation_p(a: list[float], b: list[float]) -> float:
@@ -59,6 +59,9 @@ def test_reaches() -> None:
 def test_is_better_asks_for_margin_and_certainty() -> None:
     assert judging.is_better([0.9] * 5, [0.1] * 5)[0] == "holds"
     assert judging.is_better([0.9] * 5, [0.85] * 5)[0] == "does not hold"
+    noisy = ([0.99, 0.99, 0.6], [0.98, 0.3, 0.97])  # .11 apart, and it could be anything
+    assert judging.is_better(*noisy)[0] == "inconclusive"
+    assert judging.is_better(noisy[1], noisy[0])[0] == "inconclusive"  # not refuted by a point estimate
     assert judging.is_better([0.9, 0.1, 0.9], [0.8, 0.1, 0.2])[0] == "inconclusive"
     assert judging.is_better([0.9], [0.1])[0] == "inconclusive"
 
@@ -67,3 +70,25 @@ def test_one_failure_decides() -> None:
     assert judging.all_of(["holds", "does not hold", "inconclusive"]) == "does not hold"
     assert judging.all_of(["holds", "inconclusive"]) == "inconclusive"
     assert judging.all_of(["holds", "holds"]) == "holds"
+
+
+def test_welch_interval_is_scipys() -> None:
+    from scipy import stats
+
+    a, b = [0.9, 0.8, 0.95, 0.7], [0.5, 0.6, 0.4]
+    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    found = difference(a, b)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    same = difference([0.9] * 3, [0.5] * 3)
+    assert (same.low, same.high) == pytest.approx((0.4, 0.4))
+
+
+def test_same_models_are_compared_seed_by_seed() -> None:
+    apart = [0.3, 0.6, 0.9]  # the seeds differ more than the ways
+    assert judging.costs_at_most(apart, [x - 0.01 for x in apart], 0.02)[0] == "holds"
+    assert judging.costs_at_most(apart, [x - 0.03 for x in apart], 0.02)[0] == "does not hold"
+    assert judging.costs_at_most(apart, [0.1, 0.6, 0.9], 0.02)[0] == "inconclusive"
+    assert judging.costs_at_most(apart[:2], apart[:2], 0.02)[0] == "inconclusive"
+    assert judging.is_better_paired([x + 0.2 for x in apart], apart)[0] == "holds"
+    assert judging.is_better_paired([x + 0.05 for x in apart], apart)[0] == "does not hold"
+    assert judging.is_better_paired([0.9, 0.6, 0.9], apart)[0] == "inconclusive"

@@ -1,11 +1,12 @@
 """Runs the cells of an experiment in parallel processes; what is done is never done again."""
 
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def run(name: str, *, scale: Scale, out: Path, workers: int = 0, say: Say = lamb
     with files.lock(folder):
         cells = experiment.cells(scale)
         files.write_atomic(folder / CONFIG, config(experiment, scale, cells).encode())
-        missing = [i for i, cell in enumerate(cells) if not cell_file(folder, cell).exists()]
+        missing = [i for i, cell in enumerate(cells) if not cell_file(folder, experiment, cell).exists()]
         say(f"{name}: {len(cells)} cells, {len(missing)} to run")
         for done, said in enumerate(_run_all(name, scale, out, missing, workers), start=1):
             say(f"[{done}/{len(missing)}] {said}")
@@ -51,17 +52,17 @@ def folder_of(out: Path, scale: Scale, name: str) -> Path:
     return out / scale / name
 
 
-def cell_file(folder: Path, cell: Cell) -> Path:
-    return folder / "cells" / f"{cell.name}.jsonl"
+def cell_file(folder: Path, experiment: Experiment, cell: Cell) -> Path:
+    """Rows measured in another way go elsewhere, so that none are taken for these."""
+    how = hashlib.sha256(json.dumps(experiment.measured, sort_keys=True).encode()).hexdigest()[:6]
+    return folder / "cells" / f"{cell.name}-{how}.jsonl"
 
 
 def _run_all(name: str, scale: Scale, out: Path, missing: list[int], workers: int) -> Iterator[str]:
     cores = n_cores()
-    workers = min(workers or cores, len(missing))
-    if workers <= 1:
-        yield from (run_cell(name, scale, str(out), index, 0) for index in missing)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    workers = max(1, min(workers or cores, len(missing)))
+    # each cell in a process of its own: the peak memory of one process is that of the largest cell it ever ran
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1)
     try:
         threads = max(1, cores // workers)
         futures: list[Future[str]] = [pool.submit(run_cell, name, scale, str(out), i, threads) for i in missing]
@@ -75,16 +76,15 @@ def _run_all(name: str, scale: Scale, out: Path, missing: list[int], workers: in
 
 
 def run_cell(name: str, scale: Scale, out: str, index: int, threads: int) -> str:
-    """One cell, in a process of its own or in this one (threads = 0); returns a line about it."""
+    """One cell, in a process of its own; returns a line about it."""
     import torch
 
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     experiment = EXPERIMENTS[name]
     cell = experiment.cells(scale)[index]
     start = time.perf_counter()
     rows = experiment.run(cell, Path(out, "models"))
-    write_rows(cell_file(folder_of(Path(out), scale, name), cell), rows)
+    write_rows(cell_file(folder_of(Path(out), scale, name), experiment, cell), rows)
     return f"{cell.task} {cell.arm} seed {cell.seed}: {time.perf_counter() - start:.0f} s"
 
 
@@ -99,6 +99,7 @@ def config(experiment: Experiment, scale: Scale, cells: list[Cell]) -> str:
         "scale": scale,
         "rules": dict(experiment.rules),
         "prediction": experiment.prediction,
+        "measured": dict(experiment.measured),
     }
     listed = {cell.name: asdict(cell) for cell in cells}
     return json.dumps(what | {"machine": machine, "versions": versions, "cells": listed}, indent=1) + "\n"
@@ -108,9 +109,9 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     files.write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
 
 
-def read_rows(folder: Path, cells: list[Cell]) -> tuple[list[Row], int]:
+def read_rows(folder: Path, experiment: Experiment, cells: list[Cell]) -> tuple[list[Row], int]:
     """The rows of the finished cells, in their order, and how many cells are finished."""
-    found = [cell_file(folder, cell) for cell in cells]
+    found = [cell_file(folder, experiment, cell) for cell in cells]
     done = [path for path in found if path.exists()]
     text = [recipes.read_text(path, max_bytes=1 << 30) for path in done]
     return [recipes.parse_json(line, folder) for part in text for line in part.splitlines()], len(done)
@@ -124,12 +125,15 @@ def write_report(experiment: Experiment, scale: Scale, out: Path) -> report.Page
     """
     folder = folder_of(out, scale, experiment.name)
     cells = experiment.cells(scale)
-    rows, n_done = read_rows(folder, cells)
+    rows, n_done = read_rows(folder, experiment, cells)
     remedy = f"{experiment.command(scale)} runs it"
     require(bool(rows), "experiment", experiment.name, f"one with results in {folder}", remedy)
     write_rows(folder / RESULTS, rows)
     tables, pictures = experiment.show(rows)
-    unfinished = () if n_done == len(cells) else (f"{n_done} of {len(cells)} cells are finished.",)
+    verdicts, unfinished = experiment.judge(rows), ()
+    if n_done < len(cells):
+        unfinished = (f"{n_done} of {len(cells)} cells are finished: nothing is decided yet.",)
+        verdicts = [replace(verdict, outcome="inconclusive") for verdict in verdicts]
     page = report.Page(
         title=experiment.title,
         question=experiment.question,
@@ -137,7 +141,7 @@ def write_report(experiment: Experiment, scale: Scale, out: Path) -> report.Page
         command=experiment.command(scale),
         budget=experiment.budget[scale],
         sources=experiment.sources,
-        verdicts=tuple(experiment.judge(rows)),
+        verdicts=tuple(verdicts),
         tables=tuple(tables),
         pictures=tuple(pictures),
         facts=facts(rows, cells),

@@ -29,7 +29,6 @@ from ritornello.train.step import NonFiniteError, train_step
 
 Role = Literal["looped", "plain", "ablation"]
 DATA_STREAM = 2  # of the host's random numbers of one (seed, step); 0 and 1 draw depths and probed states
-TEST_STREAM = 3
 TEST_SEED = 2**31 - 1
 GATE_BATCHES = 8
 SOLVED = 0.99
@@ -111,9 +110,14 @@ def batch(cell: Cell, task: Task, step: int) -> Batch:
     loops = depth.sample(train, step=step, n_sequences=n)
     hops = np.full(n, cell.hops)
     if task.loops_say_hops:
-        hops = rng.integers(1, cell.hops + 1, n) if cell.model.is_plain else loops
+        hops = loops if not cell.model.is_plain else depth.sample(looped(train, cell.hops), step=step, n_sequences=n)
     problems = task.sample(rng, hops, split="train")
     return to_batch(task, problems, loops=loops if cell.masked else None, told=cell.model.is_plain, first=step * n)
+
+
+def looped(train: TrainConfig, hops: int) -> TrainConfig:
+    """How a looped model that may loop `hops` times draws its depths."""
+    return replace(train, depth="uniform", min_loops=1, max_loops=hops, mean_loops=(1 + hops) / 2)
 
 
 def to_batch(task: Task, problems: Problems, *, loops: Any = None, told: bool, first: int = 0) -> Batch:
@@ -137,7 +141,7 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
     result."""
     task, model, settings, start = cell.build_task(), build(cell), cell.train, time.perf_counter()
     optimizers = build_optimizers(model, settings)
-    step, flops, loss, diverged = 0, 0.0, math.nan, None
+    step, tokens, seq_len, loops, loss, diverged = 0, 0, 1, 0.0, math.nan, None
     while step < settings.steps:
         if cell.max_steps and step == settings.steps - round(settings.cooldown_fraction * settings.steps):
             settings = settings if solves(cell, model, task) else longer(settings, cell)
@@ -148,7 +152,8 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
             diverged = step
             break
         loss, step = float(measured["loss"]), step + 1
-        flops += now.tokens.shape[0] * now.tokens.shape[1] * training_flops(cell, now, measured)
+        tokens, seq_len = tokens + now.labels.size, now.labels.shape[1]
+        loops += float(measured.get("mean_loops", 1.0))
         if losses is not None:
             losses.append(loss)
         if watch is not None:
@@ -161,7 +166,7 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
         model=model.eval(),
         steps=step,
         seconds=time.perf_counter() - start,
-        flops=flops,
+        flops=tokens * training_flops(cell, seq_len=seq_len, loops=loops / max(1, step)),
         peak_bytes=peak_bytes(),
         loss=loss,
         diverged=diverged,
@@ -175,21 +180,20 @@ def longer(settings: TrainConfig, cell: Cell) -> TrainConfig:
     return replace(settings, steps=steps, cooldown_fraction=cooldown / steps)
 
 
-def training_flops(cell: Cell, now: Batch, measured: dict[str, Any]) -> float:
-    """Per token, at this step's mean number of loops."""
-    how: Any = {"seq_len": now.tokens.shape[1], "training": True, "convention": "full"}
-    loops = float(measured.get("mean_loops", 1.0))
+def training_flops(cell: Cell, *, seq_len: int, loops: float) -> float:
+    """Per token, at a mean number of loops; what little the exit probe and the gate take is left out."""
+    how: Any = {"seq_len": seq_len, "training": True, "convention": "full"}
     return at_mean_loops(lambda n: flops_per_token(cell.model, n_loops=n, **how), loops)
 
 
 @torch.no_grad()
 def solves(cell: Cell, model: RecurrentDepthTransformer, task: Task) -> bool:
-    """Whether every training hop is answered right in SOLVED of unseen problems."""
-    from ritornello.lab.measure import accuracy
+    """Whether every training hop is answered right in SOLVED of fresh problems of the training split."""
+    from ritornello.lab.measure import Questions, accuracy
 
-    hops = tuple(range(1, cell.hops + 1))
-    loops = (cell.train.max_loops,)
-    return all(min(found.values()) >= SOLVED for found in accuracy(model, task, hops=hops, loops=loops).values())
+    questions = Questions.of(model, task, range(1, cell.hops + 1), split="train")
+    (found,) = accuracy(model, questions, (cell.train.max_loops,)).values()
+    return min(found.values()) >= SOLVED
 
 
 def peak_bytes() -> int:

@@ -1,4 +1,4 @@
-"""What experiments draw: accuracy by hops and loops, curves with their spread, accuracy against what it costs."""
+"""What experiments draw: accuracy by hops and loops, and curves with their spread."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -170,23 +170,6 @@ def curves(lines: Sequence[Curve], **look: Unpack[Look]) -> "Figure":
             axes.fill_between(line.x, line.mean - line.sd, line.mean + line.sd, color=style["color"], alpha=0.15, lw=0)
 
     return _chart(lines, draw, look)
-
-
-def scatter(
-    groups: Sequence[Curve], *, labels: Mapping[str, Sequence[str]] | None = None, **look: Unpack[Look]
-) -> "Figure":
-    """Points with error bars of one sd; `labels` has the names of the points by the label of their group."""
-
-    def draw(axes: "Axes", group: Curve, style: dict[str, Any]) -> None:
-        names = (labels or {}).get(group.label, [""] * len(group.x))
-        require(len(names) == len(group.x), f"labels[{group.label!r}]", names, f"{len(group.x)} names, one a point")
-        axes.errorbar(group.x, group.mean, group.sd, label=group.label, ms=7, capsize=3, lw=1, **style | {"ls": "none"})
-        for i, at in enumerate(np.argsort(group.x)):  # on alternating sides, since neighbours are often close
-            side = {"xytext": (6, -3 if i % 2 else 3), "va": "top" if i % 2 else "bottom"}
-            xy = (group.x[at], float(group.mean[at]))
-            axes.annotate(names[at], xy, **side, textcoords="offset points", fontsize=7.5, color="0.25")
-
-    return _chart(groups, draw, look)
 
 
 def _chart(lines: Sequence[Curve], draw: "Callable[[Axes, Curve, dict[str, Any]], None]", look: Look) -> "Figure":

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ritornello.lab.report import Outcome
-from ritornello.lab.statistics import MIN_SEEDS, greater, summarise
+from ritornello.lab.statistics import MIN_SEEDS, Summary, difference, greater, summarise
 
 ALPHA = 0.05
 MARGIN = 0.1  # of accuracy; a smaller difference isn't worth a claim, however certain
@@ -20,14 +22,43 @@ def reaches(values: Sequence[float], threshold: float) -> Outcome:
 
 
 def is_better(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
-    """Whether `a` is better than `b` by MARGIN, and the test in words."""
+    """Whether the models of `a` are better than those of `b` by MARGIN, and the test in words.
+
+    Refuted only where the 95% interval of the difference (Welch) lies below MARGIN.
+    """
     if min(len(a), len(b)) < MIN_SEEDS:
         return "inconclusive", f"none: {seeds(min(len(a), len(b)))}"
-    difference, p = summarise(a).mean - summarise(b).mean, greater(a, b)
-    test = f"exact one-sided permutation test, difference {difference:+.3f}, p = {p:.3g}"
-    if difference < MARGIN:
-        return "does not hold", test
-    return ("holds" if p <= ALPHA else "inconclusive"), test
+    found, p = difference(a, b), greater(a, b)
+    test = f"exact one-sided permutation test, difference {interval(found)}, p = {p:.3g}"
+    if found.mean >= MARGIN and p <= ALPHA:
+        return "holds", test
+    return ("does not hold" if found.high < MARGIN else "inconclusive"), test
+
+
+def is_better_paired(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
+    """Whether the same models, one a seed, do better in the way of `a` than in the way of `b` by MARGIN."""
+    if len(a) < MIN_SEEDS:
+        return "inconclusive", f"none: {seeds(len(a))}"
+    found = _paired(a, b)
+    test = f"95% t interval of the paired difference {interval(found)}"
+    if found.mean >= MARGIN and found.low > 0:
+        return "holds", test
+    return ("does not hold" if found.high < MARGIN else "inconclusive"), test
+
+
+def costs_at_most(before: Sequence[float], after: Sequence[float], cheap: float) -> tuple[Outcome, str]:
+    """Whether the same models, one a seed, lose at most `cheap` from `before` to `after`."""
+    if len(before) < MIN_SEEDS:
+        return "inconclusive", f"none: {seeds(len(before))}"
+    lost = _paired(before, after)
+    test = f"95% t interval of the paired loss {interval(lost)} against {cheap}"
+    if lost.high <= cheap:
+        return "holds", test
+    return ("does not hold" if lost.low > cheap else "inconclusive"), test
+
+
+def _paired(a: Sequence[float], b: Sequence[float]) -> Summary:
+    return summarise((np.asarray(a) - np.asarray(b)).tolist())
 
 
 def all_of(outcomes: Sequence[Outcome]) -> Outcome:
@@ -42,6 +73,10 @@ def shown(values: Sequence[float]) -> str:
     """mean ± sd over seeds"""
     found = summarise(values)
     return f"{found.mean:.3f}" + (f" ± {found.sd:.3f}" if found.n > 1 else "")
+
+
+def interval(found: Summary) -> str:
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def seeds(n: int) -> str:

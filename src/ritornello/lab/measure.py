@@ -1,7 +1,9 @@
 """What is measured of a trained model: accuracy by hops and loops, with and without stopping, and what it costs."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -11,42 +13,61 @@ from torch import Tensor
 
 from ritornello.accounting import at_mean_loops, kv_bytes_per_token
 from ritornello.config import ExitRule
-from ritornello.lab.cell import TEST_SEED, TEST_STREAM, Trained, sizes, to_batch
+from ritornello.lab.cell import TEST_SEED, Trained, sizes, to_batch
 from ritornello.lab.statistics import rank_correlation
-from ritornello.lab.tasks import Task
+from ritornello.lab.tasks import Problems, Split, Task
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth
 from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.evaluate import evaluating, hidden_by_depth
 
-N_PROBLEMS = 32  # for each number of hops; the same ones for every arm and seed
+N_QUESTIONS = 128  # for each number of hops; the same ones for every arm and seed
+STREAMS = {"test": 3, "train": 4}  # of the host's random numbers: test problems, and fresh ones of the training split
 Row = dict[str, Any]
 
 
-def problems(task: Task, hops: int, *, told: bool, n: int = 0) -> Batch:
-    """Test problems whose hardest question takes `hops`, the only ones asked; n = 0: N_PROBLEMS of them."""
-    rng = depth.generator(TEST_SEED, hops, TEST_STREAM)
-    found = task.sample(rng, np.full(n or N_PROBLEMS, hops), split="test")
-    batch = to_batch(task, found, told=told)
-    batch.labels[:] = np.where(found.hops == hops, batch.labels, NO_LABEL)
+def problems(task: Task, hops: int, *, told: bool, n: int = 0, split: Split = "test") -> Batch:
+    """Problems that ask `n` questions of `hops` hops, their hardest ones, and no others; n = 0: N_QUESTIONS."""
+    n = n or N_QUESTIONS
+    rng = depth.generator(TEST_SEED, hops, STREAMS[split])
+    found = task.sample(rng, np.full(n, hops), split=split)  # each has at least one such question
+    wanted = found.hops == hops
+    count = wanted.cumsum().reshape(wanted.shape)
+    rows = slice(int(np.searchsorted(count[:, -1], n)) + 1)
+    batch = to_batch(task, Problems(found.tokens[rows], found.answers[rows], found.hops[rows]), told=told)
+    batch.labels[:] = np.where((wanted & (count <= n))[rows], batch.labels, NO_LABEL)
     return batch
 
 
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    labels = torch.from_numpy(batch.labels)
-    return torch.from_numpy(batch.tokens), labels, labels != NO_LABEL
+@dataclass(frozen=True)
+class Questions:
+    """The same questions of each number of hops, for a model that is told it or not."""
+
+    asked: Mapping[int, Batch]
+
+    @staticmethod
+    def of(
+        model: RecurrentDepthTransformer, task: Task, hops: Sequence[int], n: int = 0, split: Split = "test"
+    ) -> "Questions":
+        told = model.config.is_plain
+        return Questions({k: problems(task, k, told=told, n=n, split=split) for k in hops})
+
+    def tensors(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """hops, tokens, labels and where there is one"""
+        for k, batch in self.asked.items():
+            labels = torch.from_numpy(batch.labels)
+            yield k, torch.from_numpy(batch.tokens), labels, labels != NO_LABEL
 
 
 @torch.no_grad()
 def accuracy(
-    model: RecurrentDepthTransformer, task: Task, *, hops: Sequence[int], loops: Sequence[int], n: int = 0
+    model: RecurrentDepthTransformer, questions: Questions, loops: Sequence[int]
 ) -> dict[int, dict[int, float]]:
     """{loops: {hops: share of right answers}}; a plain model's one prediction stands under every number of loops."""
     depths = sorted(set(loops))
     found: dict[int, dict[int, float]] = {at: {} for at in depths}
     with evaluating(model):
-        for k in hops:
-            tokens, labels, asked = _tensors(problems(task, k, told=model.config.is_plain, n=n))
+        for k, tokens, labels, asked in questions.tensors():
             for at, hidden in zip(depths, hidden_by_depth(model, tokens, None, depths), strict=True):
                 answers = model.logits(hidden[asked]).argmax(-1)
                 found[at][k] = float((answers == labels[asked]).double().mean())
@@ -55,12 +76,11 @@ def accuracy(
 
 @torch.no_grad()
 def stopping(
-    model: RecurrentDepthTransformer, task: Task, rule: ExitRule, *, hops: Sequence[int], max_loops: int
+    model: RecurrentDepthTransformer, questions: Questions, rule: ExitRule, *, max_loops: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """For each number of hops: whether each question was answered right, and its loops, where `rule` ends them."""
     with evaluating(model):
-        for k in hops:
-            tokens, labels, asked = _tensors(problems(task, k, told=False))
+        for k, tokens, labels, asked in questions.tensors():
             out = model(tokens, n_loops=max_loops, exit=rule, return_logits=False)
             right = model.logits(out.hidden[asked]).argmax(-1) == labels[asked]
             yield k, right.numpy(), out.loops_used[asked].numpy()
@@ -69,7 +89,7 @@ def stopping(
 @torch.no_grad()
 def latency(model: RecurrentDepthTransformer, task: Task, *, repeats: int = 5) -> tuple[float, float]:
     """Milliseconds for one problem: of what runs once, and of each loop. Medians, one problem at a time."""
-    tokens = _tensors(problems(task, 1, told=model.config.is_plain, n=1))[0]
+    tokens = torch.from_numpy(problems(task, 1, told=model.config.is_plain, n=1).tokens)
     with evaluating(model):
         one, nine = (_median_ms(model, tokens, n_loops, repeats) for n_loops in (1, 9))
     per_loop = 0.0 if model.config.is_plain else max(0.0, (nine - one) / 8)
@@ -107,11 +127,13 @@ class Costs:
 
 
 def row(experiment: str, found: Trained, *, metric: str, value: float | None, n: int, **where: Any) -> Row:
-    """One line of results.jsonl; `where` gives hops, loops and costs. `n`: the questions behind `value`."""
+    """One line of results.jsonl; `where` gives hops, loops and costs. `n`: the questions behind `value`, which is None
+    if not finite. steps: of training; diverged: the step at which its loss or gradient was not finite, or None."""
     cell = found.cell
     names = {"experiment": experiment, "task": cell.task, "role": cell.role, "model": cell.arm, "seed": cell.seed}
+    value = None if value is None or not math.isfinite(value) else round(value, 5)
     place = {"hops": None, "loops": None, "metric": metric, "value": value, "n": n}
-    return names | place | where
+    return names | place | {"steps": found.steps, "diverged": found.diverged} | where
 
 
 def pick_rows(rows: Sequence[Row], **wanted: Any) -> list[Row]:
@@ -124,63 +146,47 @@ def values(rows: Sequence[Row], **wanted: Any) -> list[float]:
     return [row["value"] for row in pick_rows(rows, **wanted) if row["value"] is not None]
 
 
-def accuracy_rows(experiment: str, found: Trained, *, hops: Sequence[int], loops: Sequence[int]) -> list[Row]:
+def accuracy_rows(
+    experiment: str, found: Trained, *, hops: Sequence[int], loops: Sequence[int], n: int = 0
+) -> list[Row]:
     """The map of accuracies. A plain model has one column, loops = 0."""
     task = found.cell.build_task()
-    costs = Costs(found, task)
-    by_loops = accuracy(found.model, task, hops=hops, loops=(1,) if costs.plain else loops)
-    asked = {k: int((problems(task, k, told=costs.plain).labels != NO_LABEL).sum()) for k in hops}
+    costs, questions = Costs(found, task), Questions.of(found.model, task, hops, n)
     rows = []
-    for at, by_hops in by_loops.items():
+    for at, by_hops in accuracy(found.model, questions, (1,) if costs.plain else loops).items():
         at = 0 if costs.plain else at
         for k, value in by_hops.items():
-            rows.append(
-                row(
-                    experiment,
-                    found,
-                    metric="accuracy",
-                    value=round(value, 5),
-                    n=asked[k],
-                    hops=k,
-                    loops=at,
-                    **costs.at(at),
-                )
-            )
+            where = {"hops": k, "loops": at, **costs.at(at)}
+            rows.append(row(experiment, found, metric="accuracy", value=value, n=n or N_QUESTIONS, **where))
     return rows
 
 
 def stopping_rows(
-    experiment: str, found: Trained, rules: Mapping[str, ExitRule], *, hops: Sequence[int], max_loops: int
+    experiment: str,
+    found: Trained,
+    rules: Mapping[str, ExitRule],
+    *,
+    hops: Sequence[int],
+    max_loops: int,
+    n: int = 0,
 ) -> list[Row]:
     """Accuracy and mean loops by hops where tokens stop by each of `rules`, and how well loops follow hops.
 
-    `rank_correlation`: Spearman's ρ between the hops of a question and the loops that it took, over all questions.
+    `rank_correlation`: Spearman's ρ between the hops of a question and the loops that it took, over all questions, as
+    many of each number of hops; 0 where every question took as many.
     """
     task, rows = found.cell.build_task(), []
-    costs = Costs(found, task)
+    costs, questions = Costs(found, task), Questions.of(found.model, task, hops, n)
     for name, rule in rules.items():
-        every: list[tuple[int, np.ndarray, np.ndarray]] = list(
-            stopping(found.model, task, rule, hops=hops, max_loops=max_loops)
-        )
+        every = list(stopping(found.model, questions, rule, max_loops=max_loops))
         for k, right, used in every:
             where = {"hops": k, "loops": max_loops, "rule": name, **costs.at(float(used.mean()))}
-            measured = {"accuracy": right.mean(), "loops_used": used.mean()}
-            rows += [
-                row(experiment, found, metric=metric, value=round(float(value), 5), n=len(used), **where)
-                for metric, value in measured.items()
-            ]
+            for metric, value in (("accuracy", right.mean()), ("loops_used", used.mean())):
+                rows.append(row(experiment, found, metric=metric, value=float(value), n=len(used), **where))
         needed = np.concatenate([np.full(len(used), k) for k, _, used in every])
         used = np.concatenate([used for _, _, used in every])
-        right = np.concatenate([right for _, right, _ in every])
         where = {"loops": max_loops, "rule": name, **costs.at(float(used.mean()))}
-        measured = {
-            "rank_correlation": rank_correlation(needed, used),
-            "accuracy": float(right.mean()),
-            "loops_used": float(used.mean()),
-        }
-        rows += [
-            row(experiment, found, metric=metric, value=round(value, 5), n=len(used), **where)
-            for metric, value in measured.items()
-            if np.isfinite(value)
-        ]
+        rho = rank_correlation(needed, used)
+        rho = rho if np.isfinite(rho) else 0.0
+        rows.append(row(experiment, found, metric="rank_correlation", value=rho, n=len(used), **where))
     return rows

@@ -37,6 +37,21 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(mean, sd, mean - half, mean + half, len(x))
 
 
+def difference(a: Sequence[float], b: Sequence[float]) -> Summary:
+    """Of the means of two samples, a - b, with Welch's 95% t interval; n is the smaller sample's, at least 2."""
+    from scipy import stats
+
+    one, other = summarise(a), summarise(b)
+    assert min(one.n, other.n) > 1
+    part, other_part = one.sd**2 / one.n, other.sd**2 / other.n
+    mean, error = one.mean - other.mean, (part + other_part) ** 0.5
+    if error == 0:
+        return Summary(mean, 0.0, mean, mean, min(one.n, other.n))
+    freedom = error**4 / (part**2 / (one.n - 1) + other_part**2 / (other.n - 1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return Summary(mean, error, mean - half, mean + half, min(one.n, other.n))
+
+
 def spread(by_seed: NDArray[np.float64]) -> NDArray[np.float64] | None:
     """The standard deviation (n - 1) over the last axis, one entry a seed; None with one seed."""
     return by_seed.std(-1, ddof=1) if by_seed.shape[-1] > 1 else None
@@ -49,11 +64,11 @@ def greater(a: Sequence[float], b: Sequence[float]) -> float:
     """
     from scipy import stats
 
-    def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+    def of_means(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         return x.mean(axis=axis) - y.mean(axis=axis)
 
     samples = (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
-    found = stats.permutation_test(samples, difference, vectorized=True, alternative="greater", n_resamples=np.inf)
+    found = stats.permutation_test(samples, of_means, vectorized=True, alternative="greater", n_resamples=np.inf)
     return float(found.pvalue)
 
 

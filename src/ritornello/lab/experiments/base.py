@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from ritornello.lab import judging
 from ritornello.lab.cell import Cell, Trained, trained
-from ritornello.lab.measure import Row
-from ritornello.lab.report import Picture, Table, Verdict
+from ritornello.lab.measure import Row, pick_rows
+from ritornello.lab.report import Outcome, Picture, Table, Verdict
+from ritornello.lab.tasks import TASKS
 
 Scale = Literal["quick", "full"]
 
@@ -23,6 +25,7 @@ class Experiment(ABC):
     sources: tuple[str, ...]
     budget: ClassVar[Mapping[Scale, str]]
     notes: tuple[str, ...] = ()
+    measured: ClassVar[Mapping[str, Any]] = {}  # how a cell is measured; in another way its rows are other results
 
     @abstractmethod
     def cells(self, scale: Scale) -> list[Cell]:
@@ -37,6 +40,15 @@ class Experiment(ABC):
     @abstractmethod
     def run(self, cell: Cell, store: Path) -> list[Row]:
         """The rows of one cell; models are kept in `store` where another experiment may want them."""
+
+    def verdict(
+        self, rule: str, rows: Sequence[Row], model: str, *, claim: str, outcome: Outcome, evidence: str, test: str
+    ) -> Verdict:
+        """By the rule called `rule`, of an arm that has some of `rows`, all of one task."""
+        found = pick_rows(rows, model=model)
+        seeds = judging.seeds(len({row["seed"] for row in found}))
+        scale = f"at {found[0]['total']:,} parameters, on {TASKS[found[0]['task']].title}, {seeds}"
+        return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
 
     def command(self, scale: Scale) -> str:
         return f"ritornello lab run {self.name} --{scale}"

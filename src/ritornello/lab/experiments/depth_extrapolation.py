@@ -6,34 +6,36 @@ from typing import ClassVar
 import numpy as np
 
 from ritornello.config import ExitRule
-from ritornello.lab import arms, figures, judging
+from ritornello.lab import arms, judging
 from ritornello.lab.cell import SOLVED, Cell, Trained
+from ritornello.lab.experiments.accuracies import Accuracies, accuracy_table, curve_picture, map_picture
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
-from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows, values
+from ritornello.lab.measure import N_QUESTIONS, Row, accuracy_rows, pick_rows, stopping_rows, values
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
-from ritornello.lab.statistics import MIN_SEEDS, spread
 from ritornello.lab.tasks import TASKS
 
+MAIN = "chains"
 HOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20)
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64)
 TEST_LOOPS = 24  # what the claims are about, fixed before any result: enough for 20 hops with a few to spare
-FAR, FARTHEST = 10, 20
-CHEAP = 0.02  # of accuracy that too many loops may cost
+NEAR, FAR, FARTHEST = 8, 10, 20
 AIMS = {FAR: 0.95, FARTHEST: 0.90}
+CHEAP = 0.02  # of accuracy that too many loops may cost
+LEARNT = 0.9  # on every training hop: below, a model says nothing about depth
 RULES = {
     "learned hazard > .9": ExitRule("hazard", 0.9),
     "KL < .1": ExitRule("kl", 0.1),
     "change of the state < .1": ExitRule("delta", 0.1),
 }
 
-TASK = "chains"
 LOOPED = ("article", "no-prelude", "dense")
 PLAIN = ("plain-5x64", "plain-depth")
 ABLATIONS = ("no-injection", "slow-forgetting", "bf16-carry", "fixed-depth", "short-training")
 EVERY = (*LOOPED, *ABLATIONS, *PLAIN)
-FIVE_SEEDS = (*LOOPED, "no-injection", *PLAIN)  # the others have three
-PANELS = ("article", "no-injection", *PLAIN)
+FIVE_SEEDS = ("article", "dense", *PLAIN)  # the others have three
+PANELS = ("article", "dense", "no-injection", *PLAIN)
+VARIANTS = {"cyclic": ("dense",), "trees": ("dense",), "facts": ("dense",)}  # the arms of other tasks, three seeds each
 
 
 class DepthExtrapolation(TrainedExperiment):
@@ -42,27 +44,31 @@ class DepthExtrapolation(TrainedExperiment):
     question = "Does a looped model trained on questions of at most 5 hops answer 10 and 20 hops when it loops more?"
     prediction = (
         "Looped models reach .95 at 10 hops and .90 at 20 with 24 loops after at most 8 in training; plain "
-        "transformers that solve the training hops stay near guessing beyond them."
+        "transformers that solve the training hops fall behind them within a few hops more."
     )
     rules: ClassVar = {
         "extrapolates": (
-            f"Mean over seeds of the accuracy at {TEST_LOOPS} loops. Holds: at least .95 at {FAR} hops and .90 at "
-            f"{FARTHEST}. Does not hold: the upper end of the 95% t interval of either lies below. Else, or under 3 "
-            "seeds, inconclusive."
+            f"Mean over seeds of the accuracy at {TEST_LOOPS} loops, or at as many loops as hops where they say how "
+            f"many hops are meant. Holds: at least .95 at {FAR} hops and .90 at {FARTHEST}. Does not hold: the upper "
+            "end of the 95% t interval of either lies below. Else, or under 3 seeds, inconclusive."
         ),
         "fails": (
-            f"Inconclusive unless the plain model's mean on each training hop is at least {SOLVED}. Holds: at {FAR} "
-            "hops the looped model is better by at least .1, with p <= .05 in the exact one-sided permutation test "
-            "over seeds. Does not hold: the difference is smaller than .1. Else, or under 3 seeds, inconclusive."
+            f"Inconclusive unless the mean of the plain model on each training hop is at least {SOLVED}. Holds: at "
+            f"{NEAR} hops the looped model is better by at least .1, with p <= .05 in the exact one-sided permutation "
+            "test over seeds. Does not hold: the 95% interval of the difference (Welch) lies below .1. Else, or "
+            "under 3 seeds, inconclusive."
         ),
         "harmless": (
-            f"Mean over seeds and all hops. Holds: at {LOOPS[-1]} loops at most {CHEAP} below {TEST_LOOPS} loops. "
-            "Else it does not hold; under 3 seeds inconclusive."
+            f"Inconclusive unless the mean on each training hop is at least {LEARNT}. Accuracy lost from {TEST_LOOPS} "
+            f"to {LOOPS[-1]} loops by the same models, over the training hops and over those beyond. Holds: the 95% t "
+            f"intervals of both lie at or below {CHEAP}. Does not hold: one lies above it. Else, or under 3 seeds, "
+            "inconclusive."
         ),
         "matters": (
-            f"Holds: at {FARTHEST} hops and {TEST_LOOPS} loops the unchanged model is better by at least .1, with p "
-            "<= .05 in the exact one-sided permutation test over seeds. Does not hold: the difference is smaller "
-            "than .1. Else, or under 3 seeds, inconclusive."
+            f"Inconclusive unless the mean of both models on each training hop is at least {LEARNT}. Holds: at "
+            f"{FARTHEST} hops and {TEST_LOOPS} loops the unchanged model is better by at least .1, with p <= .05 in "
+            "the exact one-sided permutation test over seeds. Does not hold: the 95% interval of the difference "
+            "(Welch) lies below .1. Else, or under 3 seeds, inconclusive."
         ),
     }
     sources = (
@@ -73,196 +79,162 @@ class DepthExtrapolation(TrainedExperiment):
     )
     budget: ClassVar = {"quick": "4 minutes on 2 cores", "full": "about 4 core-hours"}
     notes = (
-        "Depth mask: in training a looped model is asked only those questions that its number of loops can reach "
-        "(hops <= loops). It is not told the number of hops, neither then nor in the test.",
+        "Depth mask: in training on chains and trees a looped model is asked only those questions that its number of "
+        "loops can reach (hops <= loops). It is not told the number of hops, neither then nor in the test.",
+        "On the cycle and on facts the number of loops says the number of hops, in training and in the test; plain "
+        "models are told it.",
         "Plain models are asked every question at every step, and train on until they solve the training hops or "
         "have spent 4 times the article model's training FLOPs.",
-        "Guessing among those ends that some node points to is right in .13 of 5-hop questions and .24 of 20-hop ones.",
+        f"Plain models are compared at {NEAR} hops, which 5 and 8 layers could still follow one by one.",
+        "On chains, guessing among those ends that some node points to is right in .13 of 5-hop questions and .24 of "
+        "20-hop ones.",
+        "Each verdict is at its own 5% level; nothing is corrected for their number.",
     )
+    measured: ClassVar = {
+        "hops": HOPS,
+        "loops": LOOPS,
+        "questions": N_QUESTIONS,
+        "rules": {name: (rule.rule, rule.threshold) for name, rule in RULES.items()},
+        "max_loops": 2 * TEST_LOOPS,
+    }
 
     def cells(self, scale: Scale) -> list[Cell]:
         if scale == "quick":
-            return [arms.quick(arm, TASKS[TASK]) for arm in ("dense", "plain-depth")]
-        return [_chains(arm, seed) for seed in range(5) for arm in EVERY if seed < 3 or arm in FIVE_SEEDS]
+            return [arms.quick(arm, TASKS[MAIN]) for arm in ("dense", "plain-5x64")]
+        main = [(MAIN, arm, seed) for seed in range(5) for arm in EVERY if seed < 3 or arm in FIVE_SEEDS]
+        others = [(task, arm, seed) for task, there in VARIANTS.items() for seed in range(3) for arm in there]
+        return [arms.cell(arm, TASKS[task], seed=seed, masked=True) for task, arm, seed in main + others]
 
     def measure(self, found: Trained) -> list[Row]:
-        rows = accuracy_rows(self.name, found, hops=HOPS, loops=LOOPS)
-        if found.cell.model.halting == "gate" and found.cell.role == "looped":
+        loops = HOPS if TASKS[found.cell.task].loops_say_hops else LOOPS
+        rows = accuracy_rows(self.name, found, hops=HOPS, loops=loops)
+        if found.cell.task == MAIN and found.cell.role == "looped":
             rows += stopping_rows(self.name, found, RULES, hops=HOPS, max_loops=2 * TEST_LOOPS)
         return rows
 
     def judge(self, rows: Sequence[Row]) -> list[Verdict]:
-        found = Found(rows)
-        verdicts = [self._extrapolates(found, arm) for arm in found.arms(LOOPED)]
-        verdicts += [self._harmless(found, arm) for arm in found.arms((*LOOPED, "short-training"))]
-        opponents = found.arms(("article", "dense"))
-        verdicts += [self._plain_fails(found, looped, arm) for arm in found.arms(PLAIN) for looped in opponents]
-        ablations = found.arms(ABLATIONS) if found.arms(("dense",)) else []
-        return verdicts + [self._matters(found, arm) for arm in ablations]
+        verdicts = []
+        for found in tasks_of(rows):
+            opponents = found.arms(("article", "dense"))
+            verdicts += [self._extrapolates(found, arm) for arm in found.arms(LOOPED)]
+            verdicts += [self._plain_fails(found, looped, arm) for arm in found.arms(PLAIN) for looped in opponents]
+            if found.test_loops:
+                verdicts += [self._harmless(found, arm) for arm in found.arms((*LOOPED, "short-training"))]
+            if "dense" in opponents:
+                verdicts += [self._matters(found, arm) for arm in found.arms(ABLATIONS)]
+        return verdicts
 
-    def _verdict(
-        self, rule: str, found: "Found", arm: str, claim: str, outcome: Outcome, evidence: str, test: str
-    ) -> Verdict:
-        scale = f"at {found.parameters(arm):,} parameters, on {TASKS[TASK].title}, {judging.seeds(found.n_seeds(arm))}"
-        return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
-
-    def _extrapolates(self, found: "Found", arm: str) -> Verdict:
+    def _extrapolates(self, found: Accuracies, arm: str) -> Verdict:
         values = {hops: found.values(arm, hops) for hops in AIMS}
-        outcome = judging.all_of([judging.reaches(values[hops], aim) for hops, aim in AIMS.items()])
         said = [f"{hops} hops {judging.shown(values[hops])}" for hops in AIMS]
-        claim = f"{arms.ARMS[arm].title}: trained on 5 hops and at most {arms.MAX_LOOPS} loops, answers {FARTHEST} hops"
-        test = f"mean over seeds at {TEST_LOOPS} loops against .95 and .90"
-        return self._verdict("extrapolates", found, arm, claim, outcome, ", ".join(said), test)
-
-    def _harmless(self, found: "Found", arm: str) -> Verdict:
-        before, after = (found.means(arm, loops) for loops in (TEST_LOOPS, LOOPS[-1]))
-        lost = float(np.mean(before) - np.mean(after))
-        outcome: Outcome = "holds" if lost <= CHEAP else "does not hold"
-        outcome = outcome if len(before) >= MIN_SEEDS else "inconclusive"
-        evidence = f"1 to 20 hops: {judging.shown(before)} at {TEST_LOOPS} loops, {judging.shown(after)} at {LOOPS[-1]}"
-        claim = f"{arms.ARMS[arm].title}: {LOOPS[-1]} loops are no worse than {TEST_LOOPS}"
-        return self._verdict("harmless", found, arm, claim, outcome, evidence, f"difference of means {lost:+.3f}")
-
-    def _plain_fails(self, found: "Found", looped: str, arm: str) -> Verdict:
-        trained_on = [hops for hops in HOPS if hops <= 5]
-        lowest = min(float(np.mean(found.values(arm, hops))) for hops in trained_on)
-        outcome, test = judging.is_better(found.values(looped, FAR), found.values(arm, FAR))
-        if lowest < SOLVED:
-            outcome, test = "inconclusive", f"none: the plain model did not solve the training hops; {test}"
-        evidence = (
-            f"training hops: lowest mean {lowest:.3f}; {FAR} hops {judging.shown(found.values(arm, FAR))} against "
-            f"{judging.shown(found.values(looped, FAR))} of the {arms.ARMS[looped].title}"
+        return self.verdict(
+            "extrapolates",
+            found.rows,
+            arm,
+            claim=f"{arms.ARMS[arm].title}, trained on 5 hops, answers {FARTHEST}",
+            outcome=judging.all_of([judging.reaches(values[hops], aim) for hops, aim in AIMS.items()]),
+            evidence=f"{', '.join(said)}, at {found.said_loops()}; training hops: lowest {found.lowest(arm):.3f}",
+            test="means over seeds against .95 and .90",
         )
-        claim = f"{arms.ARMS[arm].title}: falls behind the {arms.ARMS[looped].title} beyond the training hops"
-        return self._verdict("fails", found, arm, claim, outcome, evidence, test)
 
-    def _matters(self, found: "Found", arm: str) -> Verdict:
+    def _plain_fails(self, found: Accuracies, looped: str, arm: str) -> Verdict:
+        outcome, test = judging.is_better(found.values(looped, NEAR), found.values(arm, NEAR))
+        if found.lowest(arm) < SOLVED:
+            outcome, test = "inconclusive", f"none: the plain model did not solve the training hops; {test}"
+        said = [
+            f"{k} hops {judging.shown(found.values(arm, k))} against {judging.shown(found.values(looped, k))}"
+            for k in (6, NEAR, FAR)
+        ]
+        return self.verdict(
+            "fails",
+            found.rows,
+            arm,
+            claim=f"{arms.ARMS[arm].title}: falls behind the {arms.ARMS[looped].title} at {NEAR} hops",
+            outcome=outcome,
+            evidence=f"training hops: lowest {found.lowest(arm):.3f}; {', '.join(said)}",
+            test=test,
+        )
+
+    def _harmless(self, found: Accuracies, arm: str) -> Verdict:
+        outcomes: list[Outcome] = []
+        said, tests = [], []
+        for name, hops in (("training hops", found.training), ("beyond", found.beyond)):
+            before, after = (found.means(arm, hops, loops) for loops in (TEST_LOOPS, LOOPS[-1]))
+            outcome, test = judging.costs_at_most(before, after, CHEAP)
+            outcomes.append(outcome)
+            tests.append(f"{name}: {test}")
+            said.append(f"{name} {judging.shown(before)} at {TEST_LOOPS} loops, {judging.shown(after)} at {LOOPS[-1]}")
+        learnt = found.lowest(arm) >= LEARNT
+        return self.verdict(
+            "harmless",
+            found.rows,
+            arm,
+            claim=f"{arms.ARMS[arm].title}: {LOOPS[-1]} loops are no worse than {TEST_LOOPS}",
+            outcome=judging.all_of(outcomes) if learnt else "inconclusive",
+            evidence="; ".join(said),
+            test="; ".join(tests) if learnt else "none: it did not learn the training hops",
+        )
+
+    def _matters(self, found: Accuracies, arm: str) -> Verdict:
         outcome, test = judging.is_better(found.values("dense", FARTHEST), found.values(arm, FARTHEST))
+        if min(found.lowest("dense"), found.lowest(arm)) < LEARNT:
+            outcome, test = "inconclusive", f"none: one of the two did not learn the training hops; {test}"
         evidence = (
-            f"{FARTHEST} hops {judging.shown(found.values(arm, FARTHEST))} against "
-            f"{judging.shown(found.values('dense', FARTHEST))} unchanged; 5 hops "
-            f"{judging.shown(found.values(arm, 5))}"
+            f"at {TEST_LOOPS} loops: {FARTHEST} hops {judging.shown(found.values(arm, FARTHEST))} against "
+            f"{judging.shown(found.values('dense', FARTHEST))} unchanged; training hops: lowest "
+            f"{found.lowest(arm):.3f} against {found.lowest('dense'):.3f}"
         )
         claim = f"{arms.ARMS[arm].title}: costs the {arms.ARMS['dense'].title} its {FARTHEST} hops"
-        return self._verdict("matters", found, arm, claim, outcome, evidence, test)
+        return self.verdict("matters", found.rows, arm, claim=claim, outcome=outcome, evidence=evidence, test=test)
 
     def show(self, rows: Sequence[Row]) -> tuple[list[Table], list[Picture]]:
-        found = Found(rows)
-        every = found.arms(EVERY)
-        tables = [_accuracy_table(found, every), _stopping_table(rows, found.arms(LOOPED)), costs_table(rows, every)]
-        return tables, [_map_picture(found), _curve_picture(found, every)]
+        tables, pictures = [], []
+        for found in tasks_of(rows):
+            every = found.arms(EVERY)
+            tables.append(accuracy_table(found, every))
+            train_loops = arms.MAX_LOOPS if found.test_loops else found.task.train_hops
+            pictures.append(map_picture(found, found.arms(PANELS), train_loops=train_loops, caption=_caption(found)))
+            pictures.append(curve_picture(found, every))
+            if found.task.name == MAIN:
+                tables += [_stopping_table(rows, found.arms(LOOPED)), costs_table(found.rows, every)]
+        return tables, pictures
 
 
-def _chains(arm: str, seed: int) -> Cell:
-    return arms.cell(arm, TASKS[TASK], seed=seed, masked=True)
-
-
-class Found:
-    """The accuracies of one task, by arm, hops and loops."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = pick_rows(rows, metric="accuracy", task=TASK, rule=None)
-        self._table: dict[tuple[str, int, int], list[float]] = {}
-        for row in self.rows:
-            self._table.setdefault((row["model"], row["hops"], row["loops"]), []).append(row["value"])
-
-    def arms(self, wanted: Sequence[str]) -> list[str]:
-        """Those that have results."""
-        there = {row["model"] for row in self.rows}
-        return [arm for arm in wanted if arm in there]
-
-    def values(self, arm: str, hops: int, loops: int | None = None) -> list[float]:
-        """By seed; a plain model's at its only depth."""
-        at = 0 if arms.ARMS[arm].role == "plain" else TEST_LOOPS if loops is None else loops
-        return self._table[arm, hops, at]
-
-    def means(self, arm: str, loops: int) -> list[float]:
-        """By seed, over all numbers of hops."""
-        return np.mean([self.values(arm, hops, loops) for hops in HOPS], axis=0).tolist()
-
-    def parameters(self, arm: str) -> int:
-        return pick_rows(self.rows, model=arm)[0]["total"]
-
-    def n_seeds(self, arm: str) -> int:
-        return len({row["seed"] for row in pick_rows(self.rows, model=arm)})
-
-    def map(self, arm: str) -> figures.HeatMap:
-        loops = () if arms.ARMS[arm].role == "plain" else LOOPS
-        by_seed = np.array([[self.values(arm, hops, at) for at in loops or (0,)] for hops in HOPS])
-        return figures.HeatMap(
-            title=arms.ARMS[arm].title,
-            note=f"{self.parameters(arm) / 1e3:.0f}k parameters, {judging.seeds(by_seed.shape[-1])}",
-            hops=HOPS,
-            loops=loops,
-            mean=by_seed.mean(-1),
-            sd=spread(by_seed),
-        )
-
-
-def _map_picture(found: Found) -> Picture:
-    panels = found.arms((*PANELS, *(() if set(PANELS) <= set(found.arms(PANELS)) else LOOPED)))
-    figure = figures.heat_maps(
-        [found.map(arm) for arm in dict.fromkeys(panels)],
-        train_hops=5,
-        train_loops=arms.MAX_LOOPS,
-        title="Accuracy by hops and loops: which end does the chain lead to?",
-    )
-    return Picture(name="hops-by-loops", caption=_caption(found), image=figures.png(figure))
-
-
-def _caption(found: Found) -> str:
-    seeds = max(found.n_seeds(arm) for arm in found.arms(LOOPED))
-    return (
-        f"Accuracy on test problems by hops (up) and loops (right), mean of {judging.seeds(seeds)}; the box is what "
-        "training covered. The number of hops is never given; in training a question is asked only if the loops can "
-        "reach it."
-    )
-
-
-def _curve_picture(found: Found, every: Sequence[str]) -> Picture:
-    lines = []
-    for arm in every:
-        by_seed = np.array([found.values(arm, hops) for hops in HOPS])
-        role = arms.ARMS[arm].role
-        lines.append(
-            figures.Curve(label=arms.ARMS[arm].title, x=HOPS, mean=by_seed.mean(-1), sd=spread(by_seed), kind=role)
-        )
-    figure = figures.curves(
-        lines,
-        title=f"Accuracy by hops at {TEST_LOOPS} loops",
-        xlabel="hops",
-        ylabel="accuracy",
-        vertical={5: "training"},
-        chance=TASKS[TASK].chance,
-        ylim=(0, 1.02),
-    )
-    caption = f"Accuracy by hops: looped models at {TEST_LOOPS} loops, mean ± sd over seeds."
-    return Picture(name="accuracy-by-hops", caption=caption, image=figures.png(figure))
-
-
-def _accuracy_table(found: Found, every: Sequence[str]) -> Table:
-    hops = (1, 5, 8, 10, 15, 20)
-    rows = [
-        (arms.ARMS[arm].title, arms.ARMS[arm].role, *(judging.shown(found.values(arm, k)) for k in hops))
-        for arm in every
+def tasks_of(rows: Sequence[Row]) -> list[Accuracies]:
+    """One for each task that has results."""
+    there = {row["task"] for row in rows}
+    return [
+        Accuracies(rows, task, test_loops=0 if TASKS[task].loops_say_hops else TEST_LOOPS)
+        for task in (MAIN, *VARIANTS)
+        if task in there
     ]
-    head = ("model", "role", *(f"{k} hops" for k in hops))
-    return Table(title=f"Accuracy at {TEST_LOOPS} loops", head=head, rows=tuple(rows), note="mean ± sd over seeds")
+
+
+def _caption(found: Accuracies) -> str:
+    told = (
+        "The number of hops is never given; in training a question is asked only if the loops can reach it."
+        if found.test_loops
+        else "The number of loops says the number of hops; plain models are told it."
+    )
+    return (
+        "Accuracy on test problems by hops (up) and loops (right), mean over the seeds that each panel names; the box "
+        f"is what training covered. {told}"
+    )
 
 
 def _stopping_table(rows: Sequence[Row], looped: Sequence[str]) -> Table:
     """What each exit rule costs in accuracy and buys in loops."""
     lines = []
     for arm in looped:
-        for rule in RULES:
-            at = {
-                (metric, hops): values(rows, model=arm, rule=rule, metric=metric, hops=hops)
-                for metric in ("accuracy", "loops_used")
-                for hops in (5, 10, 20)
-            }
-            cells = (f"{np.mean(at['accuracy', k]):.3f} in {np.mean(at['loops_used', k]):.1f}" for k in (5, 10, 20))
-            if all(at.values()):
-                lines.append((arms.ARMS[arm].title, rule, *cells))
+        for rule in [rule for rule in RULES if pick_rows(rows, model=arm, rule=rule)]:
+            cells = []
+            for k in (5, 10, 20):
+                right, used = (
+                    values(rows, task=MAIN, model=arm, rule=rule, metric=metric, hops=k)
+                    for metric in ("accuracy", "loops_used")
+                )
+                cells.append(f"{np.mean(right):.3f} in {np.mean(used):.1f}")
+            lines.append((arms.ARMS[arm].title, rule, *cells))
     head = ("model", "exit rule", "5 hops", "10 hops", "20 hops")
     note = f"accuracy in mean loops, at most {2 * TEST_LOOPS}; mean over seeds"
     return Table(title="Tokens stop by themselves", head=head, rows=tuple(lines), note=note)
