@@ -130,7 +130,7 @@ ARMS: dict[str, Arm] = {
     "add": Arm(role="ablation", title="additive injection", model={"injection": "add"}),
     "act-mixture": Arm(role="looped", title="ACT, mixture", model={"halting": "act", "read_out": "mixture"}),
     "act-last": Arm(role="looped", title="ACT, last state", model={"halting": "act"}),
-    "short-training": Arm(role="ablation", title="short training", train={"steps": STEPS * 3 // 5}),
+    "short-training": Arm(role="ablation", title="short training", train={"steps": STEPS * 3 // 10}),
 }
 
 
