@@ -109,7 +109,13 @@ def _plain(title: str, n_layers: int, dim: int, n_parameters: int = 0) -> Arm:
 SIZE = count_parameters(replace(DENSE, **ARTICLE))["total"]
 ARMS: dict[str, Arm] = {
     "article": Arm(role="looped", title="article model", model=ARTICLE),
-    "no-prelude": Arm(role="looped", title="article model without prelude", model=ARTICLE | {"n_prelude_layers": 0}),
+    "no-prelude": Arm(
+        role="looped",
+        title="article model without prelude",
+        model=ARTICLE
+        | {"n_prelude_layers": 0}
+        | {name: getattr(DENSE, name) for name in ("input_init", "initial_state")},
+    ),
     "dense": Arm(role="looped", title="smallest looped model"),
     "plain-8x48": _plain("plain, equal parameters (8 × 48)", 8, 48, SIZE),
     "plain-5x64": _plain("plain, equal parameters (5 × 64)", 5, 64, SIZE),

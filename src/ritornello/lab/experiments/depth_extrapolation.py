@@ -85,7 +85,8 @@ class DepthExtrapolation(TrainedExperiment):
         "models are told it.",
         "Plain models are asked every question at every step, and train on until they solve the training hops or "
         "have spent 4 times the article model's training FLOPs.",
-        f"Plain models are compared at {NEAR} hops, which 5 and 8 layers could still follow one by one.",
+        f"Plain models are compared at {NEAR} hops, which the one of {arms.MAX_LOOPS} layers could follow one by one; "
+        "the one of 5 layers would have to find a shortcut.",
         "On chains, guessing among those ends that some node points to is right in .13 of 5-hop questions and .24 of "
         "20-hop ones.",
         "Each verdict is at its own 5% level; nothing is corrected for their number.",
