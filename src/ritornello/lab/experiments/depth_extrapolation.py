@@ -217,9 +217,11 @@ def _caption(found: Accuracies) -> str:
         if found.test_loops
         else "The number of loops says the number of hops; plain models are told it."
     )
+    minutes = [pick_rows(found.rows, model=arm)[0]["training_seconds"] / 60 for arm in found.arms(PANELS)]
     return (
         "Accuracy on test problems by hops (up) and loops (right), mean over the seeds that each panel names; the box "
-        f"is what training covered. {told}"
+        f"is what training covered. {told} A model trains for {min(minutes):.0f} to {max(minutes):.0f} minutes on one "
+        "core."
     )
 
 
