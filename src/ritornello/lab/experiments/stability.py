@@ -21,7 +21,7 @@ from ritornello.train.data import Batch
 
 TASK = "chains"
 SIZES = {"n_nodes": 16, "n_chains": 4}
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 DEPTHS = (4, 16)
 STEPS, EVERY, LAST = 200, 50, 20
 LOOPED = ("dense", "linear", "add", "no-injection", "article")
@@ -33,8 +33,7 @@ INJECTION = {
     "no-injection": "none",
 }  # the arms that differ in nothing else
 BEYOND = (8, 16, 32, 64)  # times the training depth
-# The loss of knowing only that a root is its own answer, and guessing any node elsewhere: above it nothing was learnt.
-LEARNT = (1 - SIZES["n_chains"] / SIZES["n_nodes"]) * math.log(SIZES["n_nodes"])
+LEARNT = 0.95 * math.log(SIZES["n_nodes"])  # less than guessing any node: something was learnt
 
 
 class Stability(Experiment):
@@ -51,7 +50,7 @@ class Stability(Experiment):
     rules: ClassVar = {
         "stable": (
             f"A cell trains if loss and gradient stay finite and the mean loss of its last {LAST} steps is below "
-            f"{LEARNT:.2f} nats, what it takes to know roots and nothing else. A setting is a learning rate and a "
+            f"{LEARNT:.2f} nats, .95 of guessing any node: it has learnt something. A setting is a learning rate and a "
             "number of loops. Holds: in no setting does another injection train in every seed and lti not, and in "
             "some setting lti trains in every seed and `add` in fewer than half. Does not hold: somewhere another "
             "injection trains in every seed and lti in fewer than half. Not tested at this scale: every injection "
@@ -75,7 +74,7 @@ class Stability(Experiment):
 
     def cells(self, scale: Scale) -> list[Cell]:
         if scale == "quick":
-            return [_cell(arm, rate, 8, 0) for arm in ("dense", "add") for rate in (3e-3, 3e-2)]
+            return [_cell(arm, rate, 8, 0) for arm in ("dense", "add") for rate in (3e-3, 1e-1)]
         arms_and_depths = [(arm, depth) for arm in (*LOOPED, *PLAIN) for depth in DEPTHS]
         arms_and_depths.remove(("plain-one-layer", DEPTHS[-1]))  # it has no depth to vary
         return [_cell(arm, rate, depth, seed) for seed in range(3) for arm, depth in arms_and_depths for rate in RATES]
