@@ -11,7 +11,8 @@ import pytest
 from ritornello import cli
 from ritornello.lab import campaign
 from ritornello.lab.cell import Cell
-from ritornello.lab.experiments import EXPERIMENTS
+from ritornello.lab.experiments import EXPERIMENTS, adaptive_depth
+from ritornello.lab.experiments.adaptive_depth import AdaptiveDepth
 from ritornello.lab.experiments.base import Experiment
 from ritornello.lab.experiments.depth_extrapolation import HOPS, LOOPS, DepthExtrapolation
 from ritornello.lab.experiments.stability import Stability
@@ -155,6 +156,10 @@ def test_stability_judges_by_its_rule() -> None:
     assert experiment.judge(rows(worse))[0].outcome == "does not hold"
     assert experiment.judge(rows(better))[1].outcome == "holds"
     assert experiment.judge(rows(better, over_bound=1.1))[1].outcome == "does not hold"
+    lost = [row | {"value": None} if row["metric"] == "state_over_bound" else row for row in rows(better)]
+    assert experiment.judge(lost)[1].outcome == "does not hold"  # a state that is not finite is not within its bound
+    assert experiment.judge(rows({"dense": all_train}))[0].outcome == "not tested at this scale"
+    assert experiment.judge(rows({"add": all_train})) == []
 
 
 def made_up(experiment: DepthExtrapolation, accuracy: dict[str, float], far: dict[str, float]) -> list[Row]:
@@ -188,6 +193,39 @@ def test_depth_extrapolation_judges_by_its_rule() -> None:
     assert outcome(falls, solved | {"plain-depth": 0.9}, far) == "inconclusive"  # it never solved what it trained on
     assert outcome(falls, solved, far | {"plain-depth": 0.99}) == "does not hold"
     assert outcome(matters, solved, far | {"no-injection": 0.98}) == "does not hold"
+
+
+def test_what_was_not_learnt_decides_nothing() -> None:
+    experiment = DepthExtrapolation()
+    rows = made_up(experiment, {"dense": 0.5, "no-injection": 1.0}, {"dense": 1.0, "no-injection": 0.1})
+    found = {verdict.claim: verdict.outcome for verdict in experiment.judge(rows)}
+    assert [found[claim] for claim in found if "no worse" in claim or "no injection:" in claim] == ["inconclusive"] * 2
+
+
+def follow_rows(rho: float, lost: float) -> list[Row]:
+    """Of adaptive-depth: the smallest looped model under one rule, three seeds."""
+    rows: list[Row] = []
+    for seed in range(3):
+        base = {"task": "chains", "model": "dense", "seed": seed, "total": 1, "hops": None}
+        rows.append(base | {"metric": "rank_correlation", "rule": "hazard > 0.9", "value": rho + 0.01 * seed})
+        for hops in adaptive_depth.HOPS:
+            here = base | {"hops": hops}
+            rows.append(here | {"metric": "accuracy", "rule": "hazard > 0.9", "value": 1 - lost})
+            rows.append(here | {"metric": "loops_used", "rule": "hazard > 0.9", "value": hops + 1.0})
+            rows += [here | {"metric": "accuracy", "loops": n, "value": 1.0} for n in adaptive_depth.FORCED]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rho", "lost", "expected"),
+    [(0.9, 0.0, ["holds", "holds"]), (0.3, 0.0, ["does not hold", "holds"]), (0.9, 0.1, ["holds", "does not hold"])],
+)
+def test_adaptive_depth_judges_by_its_rule(
+    rho: float, lost: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptive_depth, "FREE", adaptive_depth.LEARNED)
+    found = AdaptiveDepth().judge(follow_rows(rho, lost))
+    assert [verdict.outcome for verdict in found[:2]] == expected
 
 
 def test_too_many_loops_can_do_harm() -> None:

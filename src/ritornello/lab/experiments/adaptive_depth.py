@@ -103,7 +103,9 @@ class AdaptiveDepth(TrainedExperiment):
         there = {row["model"] for row in rows}
         for model in [model for model in MODELS if model in there]:
             for rule in (OWN_RULE[model],) if model in OWN_RULE else (LEARNED, FREE):
-                verdicts += [self._follows(rows, model, rule), self._costs_nothing(rows, model, rule)]
+                verdicts.append(self._follows(rows, model, rule))
+                if model not in OWN_RULE or "dense" in there:
+                    verdicts.append(self._costs_nothing(rows, model, rule))
         for better, rule, worse, other in (
             ("dense", LEARNED, "dense", FREE),
             ("act-last", OWN_RULE["act-last"], "act-mixture", OWN_RULE["act-mixture"]),

@@ -101,12 +101,13 @@ class Stability(Experiment):
         return rows + [add(metric, value, times=times) for times, metric, value in _beyond(found, trains)]
 
     def judge(self, rows: Sequence[Row]) -> list[Verdict]:
-        return [self._most_stable(rows), self._bounded(rows)]
+        return [self._most_stable(rows), self._bounded(rows)] if pick_rows(rows, model="dense") else []
 
     def _most_stable(self, rows: Sequence[Row]) -> Verdict:
         share = shares(rows)
-        settings = sorted({(rate, depth) for model, rate, depth in share if model == "dense"})
         others = [model for model in ("linear", "add", "no-injection") if any(key[0] == model for key in share)]
+        every = {(rate, depth) for _, rate, depth in share}
+        settings = sorted(at for at in every if all((model, *at) in share for model in ("dense", *others)))
         behind = [at for at in settings if any(share[other, *at] == 1 for other in others) and share["dense", *at] < 1]
         lost = [at for at in behind if share["dense", *at] < 0.5]
         ahead = [at for at in settings if share["dense", *at] == 1 and share.get(("add", *at), 1.0) < 0.5]
@@ -142,7 +143,9 @@ class Stability(Experiment):
         said += f", {len(found) - len(over)} more not finite" if len(found) > len(over) else ""
         said += f"; largest rho(A) {rho:.5f}"
         if control:
+            lost = len(pick_rows(rows, model="add", metric="state_over_bound")) - len(control)
             said += f"; `add`, against the bound that lti has at its start, up to {max(control):.3g}"
+            said += f" and {lost} times not finite" if lost else ""
         return self._enough_seeds(
             rows,
             "bounded",
