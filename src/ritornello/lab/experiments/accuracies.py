@@ -42,8 +42,9 @@ class Accuracies:
         return np.mean([self.values(arm, k, loops) for k in hops], axis=0).tolist()
 
     def lowest(self, arm: str) -> float:
-        """The mean over seeds on the training hop that it is worst at."""
-        return min(float(np.mean(self.values(arm, k))) for k in self.training)
+        """The mean over seeds on the training hop that it is worst at, at as many loops as training had at most."""
+        loops = arms.MAX_LOOPS if self.test_loops else None
+        return min(float(np.mean(self.values(arm, k, loops))) for k in self.training)
 
     def parameters(self, arm: str) -> int:
         return pick_rows(self.rows, model=arm)[0]["total"]

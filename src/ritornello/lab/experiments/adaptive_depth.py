@@ -52,7 +52,7 @@ class AdaptiveDepth(TrainedExperiment):
             "lies below. Else, or under 3 seeds, inconclusive."
         ),
         "costs": (
-            f"Inconclusive unless the mean on each training hop at {FULL_DEPTH} loops is at least {LEARNT}. Accuracy "
+            f"Inconclusive unless the mean on each training hop at {arms.MAX_LOOPS} loops is at least {LEARNT}. Accuracy "
             f"lost against {FULL_DEPTH} loops for every token, seed by seed, over the training hops and over those "
             f"beyond; ACT models lose against the {arms.ARMS['dense'].title}, which they are but for their halting. "
             f"Holds: the 95% t intervals of both lie at or below {CHEAP}. Does not hold: one lies above it. Else, or "
@@ -142,7 +142,7 @@ class AdaptiveDepth(TrainedExperiment):
                 f"{name} {judging.shown(after)} in {judging.shown(used)} loops against {judging.shown(before)} in "
                 f"{FULL_DEPTH}"
             )
-        learnt = all(np.mean(forced(rows, full, FULL_DEPTH, (k,))) >= LEARNT for k in TRAINING)
+        learnt = all(np.mean(forced(rows, full, arms.MAX_LOOPS, (k,))) >= LEARNT for k in TRAINING)
         return self.verdict(
             "costs",
             rows,

@@ -59,16 +59,16 @@ class DepthExtrapolation(TrainedExperiment):
             "under 3 seeds, inconclusive."
         ),
         "harmless": (
-            f"Inconclusive unless the mean on each training hop is at least {LEARNT}. Accuracy lost from {TEST_LOOPS} "
-            f"to {LOOPS[-1]} loops by the same models, over the training hops and over those beyond. Holds: the 95% t "
-            f"intervals of both lie at or below {CHEAP}. Does not hold: one lies above it. Else, or under 3 seeds, "
-            "inconclusive."
+            f"Inconclusive unless the mean on each training hop, at {arms.MAX_LOOPS} loops, is at least {LEARNT}. "
+            f"Accuracy lost from {TEST_LOOPS} to {LOOPS[-1]} loops by the same models, over the training hops and over "
+            f"those beyond. Holds: the 95% t intervals of both lie at or below {CHEAP}. Does not hold: one lies above "
+            "it. Else, or under 3 seeds, inconclusive."
         ),
         "matters": (
-            f"Inconclusive unless the mean of both models on each training hop is at least {LEARNT}. Holds: at "
-            f"{FARTHEST} hops and {TEST_LOOPS} loops the unchanged model is better by at least .1, with p <= .05 in "
-            "the exact one-sided permutation test over seeds. Does not hold: the 95% interval of the difference "
-            "(Welch) lies below .1. Else, or under 3 seeds, inconclusive."
+            f"Inconclusive unless the mean of both models on each training hop, at {arms.MAX_LOOPS} loops, is at "
+            f"least {LEARNT}. Holds: at {FARTHEST} hops and {TEST_LOOPS} loops the unchanged model is better by at "
+            "least .1, with p <= .05 in the exact one-sided permutation test over seeds. Does not hold: the 95% "
+            "interval of the difference (Welch) lies below .1. Else, or under 3 seeds, inconclusive."
         ),
     }
     sources = (
@@ -134,7 +134,7 @@ class DepthExtrapolation(TrainedExperiment):
             arm,
             claim=f"{arms.ARMS[arm].title}, trained on 5 hops, answers {FARTHEST}",
             outcome=judging.all_of([judging.reaches(values[hops], aim) for hops, aim in AIMS.items()]),
-            evidence=f"{', '.join(said)}, at {found.said_loops()}; training hops: lowest {found.lowest(arm):.3f}",
+            evidence=f"{', '.join(said)}, at {found.said_loops()}; {said_lowest(found, arm)}",
             test="means over seeds against .95 and .90",
         )
 
@@ -152,7 +152,7 @@ class DepthExtrapolation(TrainedExperiment):
             arm,
             claim=f"{arms.ARMS[arm].title}: falls behind the {arms.ARMS[looped].title} at {NEAR} hops",
             outcome=outcome,
-            evidence=f"training hops: lowest {found.lowest(arm):.3f}; {', '.join(said)}",
+            evidence=f"{said_lowest(found, arm)}; {', '.join(said)}",
             test=test,
         )
 
@@ -182,8 +182,8 @@ class DepthExtrapolation(TrainedExperiment):
             outcome, test = "inconclusive", f"none: one of the two did not learn the training hops; {test}"
         evidence = (
             f"at {TEST_LOOPS} loops: {FARTHEST} hops {judging.shown(found.values(arm, FARTHEST))} against "
-            f"{judging.shown(found.values('dense', FARTHEST))} unchanged; training hops: lowest "
-            f"{found.lowest(arm):.3f} against {found.lowest('dense'):.3f}"
+            f"{judging.shown(found.values('dense', FARTHEST))} unchanged; {said_lowest(found, arm)} "
+            f"against {found.lowest('dense'):.3f}"
         )
         claim = f"{arms.ARMS[arm].title}: costs the {arms.ARMS['dense'].title} its {FARTHEST} hops"
         return self.verdict("matters", found.rows, arm, claim=claim, outcome=outcome, evidence=evidence, test=test)
@@ -209,6 +209,11 @@ def tasks_of(rows: Sequence[Row]) -> list[Accuracies]:
         for task in (MAIN, *VARIANTS)
         if task in there
     ]
+
+
+def said_lowest(found: Accuracies, arm: str) -> str:
+    loops = f" at {arms.MAX_LOOPS} loops" if found.test_loops and arms.ARMS[arm].role != "plain" else ""
+    return f"training hops{loops}: lowest {found.lowest(arm):.3f}"
 
 
 def _caption(found: Accuracies) -> str:
