@@ -1,5 +1,7 @@
 """Copy the results of `ritornello lab run … --full` into experiments/, and rewrite RESULTS.md from all that is there.
 
+What an earlier date published of the same experiment is replaced.
+
 python scripts/publish_lab.py [--date 2026-11-24] [--from runs/lab]
 """
 
@@ -15,6 +17,7 @@ from ritornello.lab.report import Page, Verdict
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ("results.jsonl", "config.json", "report.html", "README.md", "*.png")
+PICTURES = {"hops-by-loops.png": "*-depth-extrapolation/chains-hops-by-loops.png"}  # that the README shows
 HEAD = """# Results
 
 Every claim that was tested, with its verdict; what failed stands beside what held. Each was tested at one small scale,
@@ -40,12 +43,17 @@ def main() -> int:
             continue
         page = campaign.report_of(name, scale="full", out=options.source)
         target = ROOT / "experiments" / f"{options.date}-{name}"
-        target.mkdir(parents=True, exist_ok=True)
+        for earlier in (ROOT / "experiments").glob(f"*-{name}"):
+            shutil.rmtree(earlier)
+        target.mkdir(parents=True)
         for pattern in PUBLISHED:
             for path in sorted(folder.glob(pattern)):
                 shutil.copyfile(path, target / path.name)
         table += [row(verdict, target, page) for verdict in page.verdicts]
         print(target)
+    for name, picture in PICTURES.items():
+        for path in (ROOT / "experiments").glob(picture):
+            shutil.copyfile(path, ROOT / "docs" / name)
     (ROOT / "RESULTS.md").write_text(HEAD + "".join(table), encoding="utf-8")
     return 0
 
