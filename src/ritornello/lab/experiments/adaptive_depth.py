@@ -53,8 +53,8 @@ class AdaptiveDepth(TrainedExperiment):
         ),
         "costs": (
             f"Inconclusive unless the mean on each training hop at {arms.MAX_LOOPS} loops is at least {LEARNT}. "
-            f"Accuracy lost against {FULL_DEPTH} loops for every token, seed by seed, over the training hops and over those "
-            f"beyond; ACT models lose against the {arms.ARMS['dense'].title}, which they are but for their halting. "
+            f"Accuracy lost against {FULL_DEPTH} loops for every token, seed by seed, over the training hops and over "
+            f"those beyond; ACT models lose against the {arms.ARMS['dense'].title}, which they are but for halting. "
             f"Holds: the 95% t intervals of both lie at or below {CHEAP}. Does not hold: one lies above it. Else, or "
             "under 3 seeds, inconclusive."
         ),
