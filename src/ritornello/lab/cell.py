@@ -29,7 +29,7 @@ from ritornello.train.step import NonFiniteError, train_step
 
 Role = Literal["looped", "plain", "ablation"]
 DATA_STREAM = 2  # of the host's random numbers of one (seed, step); 0 and 1 draw depths and probed states
-TEST_SEED = 2**31 - 1
+TEST_SEED = 2**31 - 2  # tuning, up to entry 8 of experiments/LOG.md, read the problems of 2**31 - 1
 GATE_BATCHES = 8
 SOLVED = 0.99
 MODEL, CELL = "model.safetensors", "cell.json"
@@ -41,7 +41,7 @@ class Cell:
 
     task: a name in TASKS, which takes `task_sizes`. hops: the deepest question asked in training.
     masked: only questions that a sequence's loops can reach are asked in training, hops <= loops.
-    max_steps: train on to so many steps while the training hops are not solved; 0: no.
+    max_steps: train on to so many steps while the training hops are not solved, and a third of the steps more; 0: no.
     bf16_carry: the state is rounded to bfloat16 after each loop.
     """
 
@@ -142,9 +142,12 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
     task, model, settings, start = cell.build_task(), build(cell), cell.train, time.perf_counter()
     optimizers = build_optimizers(model, settings)
     step, tokens, seq_len, loops, loss, diverged = 0, 0, 1, 0.0, math.nan, None
+    solved = not cell.max_steps
     while step < settings.steps:
-        if cell.max_steps and step == settings.steps - round(settings.cooldown_fraction * settings.steps):
-            settings = settings if solves(cell, model, task) else longer(settings, cell)
+        if not solved and step == settings.steps - round(settings.cooldown_fraction * settings.steps):
+            solved = solves(cell, model, task)
+            # what extrapolates comes after the training hops are solved: plain models get time for it too
+            settings = longer(settings, cell, by=3 if solved else 10)
         now = batch(replace(cell, train=settings), task, step)
         try:
             measured = train_step(model, optimizers, now, train=settings, step=step)
@@ -173,9 +176,9 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
     )
 
 
-def longer(settings: TrainConfig, cell: Cell) -> TrainConfig:
-    """The same schedule with a longer constant part: a tenth more steps, at most max_steps in all."""
-    steps = min(cell.max_steps, settings.steps + max(1, cell.train.steps // 10))
+def longer(settings: TrainConfig, cell: Cell, *, by: int) -> TrainConfig:
+    """The same schedule with a longer constant part: 1 / by more steps, at most max_steps in all."""
+    steps = min(cell.max_steps, settings.steps + max(1, cell.train.steps // by))
     cooldown = settings.cooldown_fraction * settings.steps
     return replace(settings, steps=steps, cooldown_fraction=cooldown / steps)
 

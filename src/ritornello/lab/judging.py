@@ -36,7 +36,7 @@ def is_better(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
 
 
 def is_better_paired(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
-    """Whether the same models, one a seed, do better in the way of `a` than in the way of `b` by MARGIN."""
+    """Whether pairs, one a seed, are better in `a` than in `b` by MARGIN: a model used in two ways, or two arms."""
     if len(a) < MIN_SEEDS:
         return "inconclusive", f"none: {seeds(len(a))}"
     found = _paired(a, b)
@@ -47,7 +47,7 @@ def is_better_paired(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, s
 
 
 def costs_at_most(before: Sequence[float], after: Sequence[float], cheap: float) -> tuple[Outcome, str]:
-    """Whether the same models, one a seed, lose at most `cheap` from `before` to `after`."""
+    """Whether pairs, one a seed, lose at most `cheap` from `before` to `after`: one model in two ways, or two arms."""
     if len(before) < MIN_SEEDS:
         return "inconclusive", f"none: {seeds(len(before))}"
     lost = _paired(before, after)

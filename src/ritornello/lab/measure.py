@@ -27,12 +27,18 @@ Row = dict[str, Any]
 
 
 def problems(task: Task, hops: int, *, told: bool, n: int = 0, split: Split = "test") -> Batch:
-    """Problems that ask `n` questions of `hops` hops, their hardest ones, and no others; n = 0: N_QUESTIONS."""
+    """Problems that ask `n` questions of `hops` hops and no others; n = 0: N_QUESTIONS.
+
+    The problems are as deep as training's, or as `hops` where that is more: a question of few hops comes in the kind
+    of problem that training asked it in.
+    """
     n = n or N_QUESTIONS
     rng = depth.generator(TEST_SEED, hops, STREAMS[split])
-    found = task.sample(rng, np.full(n, hops), split=split)  # each has at least one such question
+    deepest = hops if task.loops_say_hops else max(hops, task.train_hops)
+    found = task.sample(rng, np.full(n, deepest), split=split)
     wanted = found.hops == hops
     count = wanted.cumsum().reshape(wanted.shape)
+    assert count[-1, -1] >= n, f"{count[-1, -1]} questions of {hops} hops in {n} problems"
     rows = slice(int(np.searchsorted(count[:, -1], n)) + 1)
     batch = to_batch(task, Problems(found.tokens[rows], found.answers[rows], found.hops[rows]), told=told)
     batch.labels[:] = np.where((wanted & (count <= n))[rows], batch.labels, NO_LABEL)
@@ -131,7 +137,7 @@ def row(experiment: str, found: Trained, *, metric: str, value: float | None, n:
     if not finite. steps: of training; diverged: the step at which its loss or gradient was not finite, or None."""
     cell = found.cell
     names = {"experiment": experiment, "task": cell.task, "role": cell.role, "model": cell.arm, "seed": cell.seed}
-    value = None if value is None or not math.isfinite(value) else round(value, 5)
+    value = None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
     place = {"hops": None, "loops": None, "metric": metric, "value": value, "n": n}
     return names | place | {"steps": found.steps, "diverged": found.diverged} | where
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from ritornello.config import ExitRule
 from ritornello.lab import arms, figures, judging
-from ritornello.lab.cell import Cell, Trained
+from ritornello.lab.cell import TEST_SEED, Cell, Trained
+from ritornello.lab.experiments.accuracies import CHEAP, HOPS, LEARNT, TEST_LOOPS
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows, values
@@ -16,12 +17,10 @@ from ritornello.lab.statistics import MIN_SEEDS, spread, summarise
 from ritornello.lab.tasks import TASKS
 
 TASK = "chains"
-HOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20)
 TRAINING, DEEP = HOPS[:5], HOPS[5:]
 N_QUESTIONS = 64  # for each number of hops
 MAX_LOOPS = 32
 FORCED = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32)
-FULL_DEPTH = 24
 LEARNED, FREE = "hazard > 0.9", "KL < 0.1"
 GATE_RULES = {
     **{f"hazard > {x}": ExitRule("hazard", x) for x in (0.5, 0.9, 0.99)},
@@ -32,9 +31,7 @@ GATE_RULES = {
 ACT_RULES = {f"cumulative > {x}": ExitRule("cumulative", x) for x in (0.9, 0.99)}
 MODELS = ("article", "no-prelude", "dense", "act-mixture", "act-last")
 OWN_RULE = {"act-mixture": "cumulative > 0.99", "act-last": "cumulative > 0.99"}
-LEARNT = 0.9  # on every training hop: below, a model says nothing about depth
 FOLLOWS = 0.5  # Spearman's ρ above which loops are said to follow hops
-CHEAP = 0.02  # of accuracy that stopping may cost
 
 
 class AdaptiveDepth(TrainedExperiment):
@@ -53,7 +50,7 @@ class AdaptiveDepth(TrainedExperiment):
         ),
         "costs": (
             f"Inconclusive unless the mean on each training hop at {arms.MAX_LOOPS} loops is at least {LEARNT}. "
-            f"Accuracy lost against {FULL_DEPTH} loops for every token, seed by seed, over the training hops and over "
+            f"Accuracy lost against {TEST_LOOPS} loops for every token, seed by seed, over the training hops and over "
             f"those beyond; ACT models lose against the {arms.ARMS['dense'].title}, which they are but for halting. "
             f"Holds: the 95% t intervals of both lie at or below {CHEAP}. Does not hold: one lies above it. Else, or "
             "under 3 seeds, inconclusive."
@@ -84,6 +81,7 @@ class AdaptiveDepth(TrainedExperiment):
         "hops": HOPS,
         "loops": FORCED,
         "questions": N_QUESTIONS,
+        "test_seed": TEST_SEED,
         "rules": {name: (rule.rule, rule.threshold) for name, rule in (GATE_RULES | ACT_RULES).items()},
         "max_loops": MAX_LOOPS,
     }
@@ -119,7 +117,9 @@ class AdaptiveDepth(TrainedExperiment):
         rho = values(rows, model=model, rule=rule, metric="rank_correlation")
         outcome: Outcome = "inconclusive"
         test = f"none: {judging.seeds(len(rho))}"
-        if len(rho) >= MIN_SEEDS:
+        if not learnt(rows, model):
+            test = "none: the training hops were not learnt"
+        elif len(rho) >= MIN_SEEDS:
             found = summarise(rho)
             outcome = "holds" if found.low > FOLLOWS else "does not hold" if found.high < FOLLOWS else "inconclusive"
             test = f"95% t interval [{found.low:.3f}, {found.high:.3f}] of Spearman's ρ against {FOLLOWS}"
@@ -132,7 +132,7 @@ class AdaptiveDepth(TrainedExperiment):
         outcomes: list[Outcome] = []
         said, tests = [], []
         for name, hops in (("training hops", TRAINING), ("beyond", DEEP)):
-            before, after = forced(rows, full, FULL_DEPTH, hops), stopped(rows, model, rule, hops)
+            before, after = forced(rows, full, TEST_LOOPS, hops), stopped(rows, model, rule, hops)
             seeds = min(len(before), len(after))
             outcome, test = judging.costs_at_most(before[:seeds], after[:seeds], CHEAP)
             outcomes.append(outcome)
@@ -140,23 +140,25 @@ class AdaptiveDepth(TrainedExperiment):
             used = stopped(rows, model, rule, hops, metric="loops_used")
             said.append(
                 f"{name} {judging.shown(after)} in {judging.shown(used)} loops against {judging.shown(before)} in "
-                f"{FULL_DEPTH}"
+                f"{TEST_LOOPS}"
             )
-        learnt = all(np.mean(forced(rows, full, arms.MAX_LOOPS, (k,))) >= LEARNT for k in TRAINING)
+        known = learnt(rows, model) and learnt(rows, full)
         return self.verdict(
             "costs",
             rows,
             model,
             claim=f"{arms.ARMS[model].title}, {rule}: stopping costs no accuracy",
-            outcome=judging.all_of(outcomes) if learnt else "inconclusive",
+            outcome=judging.all_of(outcomes) if known else "inconclusive",
             evidence="; ".join(said),
-            test="; ".join(tests) if learnt else "none: the training hops were not learnt",
+            test="; ".join(tests) if known else "none: the training hops were not learnt",
         )
 
     def _better(self, rows: Sequence[Row], one: tuple[str, str], other: tuple[str, str]) -> Verdict:
         a, b = stopped(rows, *one, DEEP), stopped(rows, *other, DEEP)
         seeds = min(len(a), len(b))
         outcome, test = judging.is_better_paired(a[:seeds], b[:seeds])
+        if not (learnt(rows, one[0]) and learnt(rows, other[0])):
+            outcome, test = "inconclusive", f"none: one of the two did not learn the training hops; {test}"
         names = [f"{arms.ARMS[model].title}, {rule}" for model, rule in (one, other)]
         claim = f"{names[0]}, is better beyond the training hops than {names[1]}"
         evidence = f"6 to 20 hops: {judging.shown(a)} against {judging.shown(b)}"
@@ -185,6 +187,11 @@ def forced(rows: Sequence[Row], model: str, loops: int, hops: Sequence[int]) -> 
     return np.mean(by_hops, axis=0).tolist()
 
 
+def learnt(rows: Sequence[Row], model: str) -> bool:
+    """Whether the mean over seeds on each training hop is at least LEARNT, at as many loops as training had at most."""
+    return all(np.mean(forced(rows, model, arms.MAX_LOOPS, (k,))) >= LEARNT for k in TRAINING)
+
+
 def rules_of(rows: Sequence[Row], model: str) -> list[str]:
     return list(dict.fromkeys(row["rule"] for row in pick_rows(rows, model=model) if row.get("rule")))
 
@@ -200,9 +207,9 @@ def _table(rows: Sequence[Row], models: Sequence[str]) -> Table:
                 for hops in (TRAINING, DEEP)
             ]
             lines.append((arms.ARMS[model].title, rule, *cells, judging.shown(rho)))
-        full = [judging.shown(forced(rows, model, FULL_DEPTH, hops)) for hops in (TRAINING, DEEP)]
-        all_loops = str(FULL_DEPTH)
-        lines.append((arms.ARMS[model].title, f"{FULL_DEPTH} for all", *full, all_loops, all_loops, "–"))
+        full = [judging.shown(forced(rows, model, TEST_LOOPS, hops)) for hops in (TRAINING, DEEP)]
+        all_loops = str(TEST_LOOPS)
+        lines.append((arms.ARMS[model].title, f"{TEST_LOOPS} for all", *full, all_loops, all_loops, "–"))
     head = (
         "model",
         "exit rule",

@@ -7,8 +7,17 @@ import numpy as np
 
 from ritornello.config import ExitRule
 from ritornello.lab import arms, judging
-from ritornello.lab.cell import SOLVED, Cell, Trained
-from ritornello.lab.experiments.accuracies import Accuracies, accuracy_table, curve_picture, map_picture
+from ritornello.lab.cell import SOLVED, TEST_SEED, Cell, Trained
+from ritornello.lab.experiments.accuracies import (
+    CHEAP,
+    HOPS,
+    LEARNT,
+    TEST_LOOPS,
+    Accuracies,
+    accuracy_table,
+    curve_picture,
+    map_picture,
+)
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import N_QUESTIONS, Row, accuracy_rows, pick_rows, stopping_rows, values
@@ -16,13 +25,9 @@ from ritornello.lab.report import Outcome, Picture, Table, Verdict
 from ritornello.lab.tasks import TASKS
 
 MAIN = "chains"
-HOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20)
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64)
-TEST_LOOPS = 24  # what the claims are about, fixed before any result: enough for 20 hops with a few to spare
 NEAR, FAR, FARTHEST = 8, 10, 20
 AIMS = {FAR: 0.95, FARTHEST: 0.90}
-CHEAP = 0.02  # of accuracy that too many loops may cost
-LEARNT = 0.9  # on every training hop: below, a model says nothing about depth
 RULES = {
     "learned hazard > .9": ExitRule("hazard", 0.9),
     "KL < .1": ExitRule("kl", 0.1),
@@ -59,13 +64,14 @@ class DepthExtrapolation(TrainedExperiment):
             "under 3 seeds, inconclusive."
         ),
         "harmless": (
-            f"Inconclusive unless the mean on each training hop, at {arms.MAX_LOOPS} loops, is at least {LEARNT}. "
-            f"Accuracy lost from {TEST_LOOPS} to {LOOPS[-1]} loops by the same models, over the training hops and over "
-            f"those beyond. Holds: the 95% t intervals of both lie at or below {CHEAP}. Does not hold: one lies above "
-            "it. Else, or under 3 seeds, inconclusive."
+            f"Inconclusive unless the mean on each training hop, at training's most loops, is at least {LEARNT}, and "
+            f"that on the hops beyond at {TEST_LOOPS} loops at least {LEARNT / 2}: where little is known, little can "
+            f"be lost. Accuracy lost from {TEST_LOOPS} to {LOOPS[-1]} loops by the same models, over the training hops "
+            f"and over those beyond. Holds: the 95% t intervals of both lie at or below {CHEAP}. Does not hold: one "
+            "lies above it. Else, or under 3 seeds, inconclusive."
         ),
         "matters": (
-            f"Inconclusive unless the mean of both models on each training hop, at {arms.MAX_LOOPS} loops, is at "
+            "Inconclusive unless the mean of both models on each training hop, at training's most loops, is at "
             f"least {LEARNT}. Holds: at {FARTHEST} hops and {TEST_LOOPS} loops the unchanged model is better by at "
             "least .1, with p <= .05 in the exact one-sided permutation test over seeds. Does not hold: the 95% "
             "interval of the difference (Welch) lies below .1. Else, or under 3 seeds, inconclusive."
@@ -83,8 +89,11 @@ class DepthExtrapolation(TrainedExperiment):
         "loops can reach (hops <= loops). It is not told the number of hops, neither then nor in the test.",
         "On the cycle and on facts the number of loops says the number of hops, in training and in the test; plain "
         "models are told it.",
-        "Plain models are asked every question at every step, and train on until they solve the training hops or "
-        "have spent 4 times the article model's training FLOPs.",
+        "Plain models are asked every question at every step, and train on until they solve the training hops and a "
+        "third of the steps more, or have spent 4 times the article model's training FLOPs.",
+        "Settings were chosen on other seeds and other test problems, while looking at what the claim is about, "
+        "accuracy at 10 and 20 hops (experiments/LOG.md, entries 4 to 6).",
+        "Questions of 1 to 5 hops come in problems as deep as training's, deeper ones in problems of their own depth.",
         f"Plain models are compared at {NEAR} hops, which the one of {arms.MAX_LOOPS} layers could follow one by one; "
         "the one of 5 layers would have to find a shortcut.",
         "On chains, guessing among those ends that some node points to is right in .13 of 5-hop questions and .24 of "
@@ -95,6 +104,7 @@ class DepthExtrapolation(TrainedExperiment):
         "hops": HOPS,
         "loops": LOOPS,
         "questions": N_QUESTIONS,
+        "test_seed": TEST_SEED,
         "rules": {name: (rule.rule, rule.threshold) for name, rule in RULES.items()},
         "max_loops": 2 * TEST_LOOPS,
     }
@@ -165,7 +175,8 @@ class DepthExtrapolation(TrainedExperiment):
             outcomes.append(outcome)
             tests.append(f"{name}: {test}")
             said.append(f"{name} {judging.shown(before)} at {TEST_LOOPS} loops, {judging.shown(after)} at {LOOPS[-1]}")
-        learnt = found.lowest(arm) >= LEARNT
+        known = float(np.mean(found.means(arm, found.beyond, TEST_LOOPS)))
+        learnt = found.lowest(arm) >= LEARNT and known >= LEARNT / 2
         return self.verdict(
             "harmless",
             found.rows,
@@ -173,7 +184,7 @@ class DepthExtrapolation(TrainedExperiment):
             claim=f"{arms.ARMS[arm].title}: {LOOPS[-1]} loops are no worse than {TEST_LOOPS}",
             outcome=judging.all_of(outcomes) if learnt else "inconclusive",
             evidence="; ".join(said),
-            test="; ".join(tests) if learnt else "none: it did not learn the training hops",
+            test="; ".join(tests) if learnt else "none: too little was learnt to be lost",
         )
 
     def _matters(self, found: Accuracies, arm: str) -> Verdict:
@@ -194,7 +205,9 @@ class DepthExtrapolation(TrainedExperiment):
             every = found.arms(EVERY)
             tables.append(accuracy_table(found, every))
             train_loops = arms.MAX_LOOPS if found.test_loops else found.task.train_hops
-            pictures.append(map_picture(found, found.arms(PANELS), train_loops=train_loops, caption=_caption(found)))
+            if panels := found.arms(PANELS):
+                caption = _caption(found, panels)
+                pictures.append(map_picture(found, panels, train_loops=train_loops, caption=caption))
             pictures.append(curve_picture(found, every))
             if found.task.name == MAIN:
                 tables += [_stopping_table(rows, found.arms(LOOPED)), costs_table(found.rows, every)]
@@ -212,21 +225,21 @@ def tasks_of(rows: Sequence[Row]) -> list[Accuracies]:
 
 
 def said_lowest(found: Accuracies, arm: str) -> str:
-    loops = f" at {arms.MAX_LOOPS} loops" if found.test_loops and arms.ARMS[arm].role != "plain" else ""
+    loops = f" at {found.train_loops(arm)} loops" if found.test_loops and arms.ARMS[arm].role != "plain" else ""
     return f"training hops{loops}: lowest {found.lowest(arm):.3f}"
 
 
-def _caption(found: Accuracies) -> str:
+def _caption(found: Accuracies, panels: Sequence[str]) -> str:
     told = (
         "The number of hops is never given; in training a question is asked only if the loops can reach it."
         if found.test_loops
         else "The number of loops says the number of hops; plain models are told it."
     )
-    minutes = [pick_rows(found.rows, model=arm)[0]["training_seconds"] / 60 for arm in found.arms(PANELS)]
+    minutes = [pick_rows(found.rows, model=arm)[0]["training_seconds"] / 60 for arm in panels]
     return (
         "Accuracy on test problems by hops (up) and loops (right), mean over the seeds that each panel names; the box "
-        f"is what training covered. {told} A model trains for {min(minutes):.0f} to {max(minutes):.0f} minutes on one "
-        "core."
+        f"is what training covered. {told} A model trains for {min(minutes):.0f} to {max(minutes):.0f} minutes with "
+        "its share of the cores."
     )
 
 
