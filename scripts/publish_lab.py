@@ -6,6 +6,7 @@ python scripts/publish_lab.py [--date 2026-11-24] [--from runs/lab]
 """
 
 import argparse
+import json
 import shutil
 import sys
 from datetime import date
@@ -13,17 +14,15 @@ from pathlib import Path
 
 from ritornello.lab import campaign
 from ritornello.lab.experiments import EXPERIMENTS
-from ritornello.lab.report import Page, Verdict
 
 ROOT = Path(__file__).parent.parent
-PUBLISHED = ("results.jsonl", "config.json", "report.html", "README.md", "*.png")
+PUBLISHED = ("results.jsonl", "config.json", "verdicts.json", "report.html", "README.md", "*.png")
 PICTURES = {"hops-by-loops.png": "*-depth-extrapolation/chains-hops-by-loops.png"}  # that the README shows
 HEAD = """# Results
 
 Every claim that was tested, with its verdict; what failed stands beside what held. Each was tested at one small scale,
-which its row names, by a rule that was written down before ([how](docs/lab.md)). `experiments/` holds the rows behind
-each figure. Campaigns are under way: a page says how many of its cells are finished, and nothing is decided before all
-are.
+which its row names, by a rule that its page states ([how](docs/lab.md)). `experiments/` holds the rows behind each
+figure. A page whose campaign is under way says how many of its cells are finished, and decides nothing before all are.
 
 | claim | verdict | at which scale | evidence | experiment |
 |---|---|---|---|---|
@@ -35,32 +34,40 @@ def main() -> int:
     parser.add_argument("--date", default=date.today().isoformat())
     parser.add_argument("--from", dest="source", type=Path, default=Path("runs/lab"))
     options = parser.parse_args()
-    table = []
     for name in EXPERIMENTS:
-        folder = campaign.folder_of(options.source, "full", name)
-        if not any((folder / "cells").glob("*.jsonl")):
-            print(f"{name}: nothing run yet")
-            continue
-        page = campaign.report_of(name, scale="full", out=options.source)
-        target = ROOT / "experiments" / f"{options.date}-{name}"
-        for earlier in (ROOT / "experiments").glob(f"*-{name}"):
-            shutil.rmtree(earlier)
-        target.mkdir(parents=True)
-        for pattern in PUBLISHED:
-            for path in sorted(folder.glob(pattern)):
-                shutil.copyfile(path, target / path.name)
-        table += [row(verdict, target, page) for verdict in page.verdicts]
-        print(target)
+        try:
+            campaign.report_of(name, scale="full", out=options.source)
+        except ValueError as error:
+            print(error)
+        else:
+            print(publish(name, campaign.folder_of(options.source, "full", name), options.date))
     for name, picture in PICTURES.items():
         for path in (ROOT / "experiments").glob(picture):
             shutil.copyfile(path, ROOT / "docs" / name)
-    (ROOT / "RESULTS.md").write_text(HEAD + "".join(table), encoding="utf-8")
+    rows = []
+    for path in [
+        path for name in EXPERIMENTS for path in sorted((ROOT / "experiments").glob(f"*-{name}/verdicts.json"))
+    ]:
+        page = json.loads(path.read_text(encoding="utf-8"))
+        rows += [row(verdict, path.parent.name, page["command"]) for verdict in page["verdicts"]]
+    (ROOT / "RESULTS.md").write_text(HEAD + "".join(rows), encoding="utf-8")
     return 0
 
 
-def row(verdict: Verdict, target: Path, page: Page) -> str:
-    link = f"[{target.name}](experiments/{target.name}/README.md), `{page.command}`"
-    cells = (verdict.claim, f"**{verdict.outcome}**", verdict.scale, verdict.evidence, link)
+def publish(name: str, folder: Path, day: str) -> Path:
+    target = ROOT / "experiments" / f"{day}-{name}"
+    for earlier in (ROOT / "experiments").glob(f"*-{name}"):
+        shutil.rmtree(earlier)
+    target.mkdir(parents=True)
+    for pattern in PUBLISHED:
+        for path in sorted(folder.glob(pattern)):
+            shutil.copyfile(path, target / path.name)
+    return target
+
+
+def row(verdict: dict[str, str], folder: str, command: str) -> str:
+    link = f"[{folder}](experiments/{folder}/README.md), `{command}`"
+    cells = (verdict["claim"], f"**{verdict['outcome']}**", verdict["scale"], verdict["evidence"], link)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

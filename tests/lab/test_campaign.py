@@ -74,6 +74,8 @@ def test_run_resumes_by_cell_and_reports(tiny: Tiny, tmp_path: Path) -> None:
     assert [row["seed"] for row in dense] == [0, 1]
     assert len(pick_rows(rows, model="plain-depth")) == 2 * 10
     assert "depth-extrapolation" in json.loads((folder / "config.json").read_text())["experiment"]
+    stored = json.loads((folder / "verdicts.json").read_text())
+    assert [verdict["claim"] for verdict in stored["verdicts"]] == [verdict.claim for verdict in page.verdicts]
     for name in ("report.html", "README.md", "chains-hops-by-loops.png", "chains-accuracy-by-hops.png"):
         assert (folder / name).stat().st_size > 1000
 
@@ -85,6 +87,15 @@ def test_run_resumes_by_cell_and_reports(tiny: Tiny, tmp_path: Path) -> None:
     assert Tiny.n_run == len(cells) + 1
     strip = lambda text: [{k: v for k, v in json.loads(x).items() if k != "latency_ms"} for x in text.splitlines()]  # noqa: E731
     assert strip((folder / "results.jsonl").read_bytes()) == strip(before)  # its model was stored
+
+
+def test_any_part_of_the_cells_can_be_reported(tiny: Tiny, tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = campaign.folder_of(tmp_path, "full", "depth-extrapolation")
+    for cell in tiny.cells("full")[:-1]:
+        campaign.cell_file(folder, tiny, cell).unlink()
+        page = campaign.report_of("depth-extrapolation", scale="full", out=tmp_path)
+        assert {verdict.outcome for verdict in page.verdicts} <= {"inconclusive"}
 
 
 def test_a_cell_that_fails_leaves_the_others(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,8 @@ def test_write_makes_a_folder_that_stands_alone(tmp_path: Path) -> None:
     made = page()
     write(made, tmp_path / "a" / "depth")
     folder = tmp_path / "a" / "depth"
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "curve.png", "map.png", "report.html"]
+    names = ["README.md", "curve.png", "map.png", "report.html", "verdicts.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert (folder / "report.html").read_text(encoding="utf-8") == html(made)
     named = re.findall(r"\]\((\w+\.png)\)", (folder / "README.md").read_text(encoding="utf-8"))
     assert [(folder / name).read_bytes() for name in named] == [IMAGE, IMAGE]

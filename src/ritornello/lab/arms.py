@@ -116,9 +116,8 @@ ARMS: dict[str, Arm] = {
         | {name: getattr(DENSE, name) for name in ("input_init", "initial_state")},
     ),
     "dense": Arm(role="looped", title="smallest looped model"),
-    "plain-8x48": _plain("plain, equal parameters (8 × 48)", 8, 48, SIZE),
+    # the best of 5 × 64, 3 × 80 and 8 × 48: experiments/LOG.md, entry 6
     "plain-5x64": _plain("plain, equal parameters (5 × 64)", 5, 64, SIZE),
-    "plain-3x80": _plain("plain, equal parameters (3 × 80)", 3, 80, SIZE),
     "plain-depth": _plain("plain, equal depth", MAX_LOOPS, DENSE.dim),
     "plain-one-layer": _plain("plain, one layer", 1, DENSE.dim),
     "no-injection": Arm(role="ablation", title="no injection", model={"injection": "none"}),

@@ -1,10 +1,11 @@
 """An experiment's page, for the terminal, a browser and a repository. A failure looks as a success does."""
 
+import json
 import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
@@ -182,9 +183,11 @@ def _bullets(pairs: Mapping[str, str]) -> str:
 
 
 def write(page: Page, folder: Path) -> None:
-    """report.html, README.md and the pictures, each whole or not at all."""
+    """report.html, README.md, verdicts.json and the pictures, each whole or not at all."""
     files.make_directory(folder)
     for picture in page.pictures:
         files.write_atomic(folder / f"{picture.name}.png", picture.image)
+    verdicts = {"command": page.command, "verdicts": [asdict(verdict) for verdict in page.verdicts]}
+    files.write_atomic(folder / "verdicts.json", (json.dumps(verdicts, indent=1, ensure_ascii=False) + "\n").encode())
     files.write_atomic(folder / "README.md", markdown(page).encode())
     files.write_atomic(folder / "report.html", html(page).encode())
