@@ -42,7 +42,7 @@ class Cell:
 
     task: a name in TASKS, which takes `task_sizes`. hops: the deepest question asked in training.
     masked: only questions that a sequence's loops can reach are asked in training, hops <= loops.
-    max_steps: train on to so many steps until the training hops are nearly solved, and a third of the steps more; 0: no.
+    max_steps: up to so many, train on until the training hops are nearly solved, and a third of the steps more; 0: no.
     bf16_carry: the state is rounded to bfloat16 after each loop.
     """
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ritornello.config import ExitRule
 from ritornello.lab import arms, judging
-from ritornello.lab.cell import SOLVED, TEST_SEED, Cell, Trained
+from ritornello.lab.cell import SOLVED, SOLVING, TEST_SEED, Cell, Trained
 from ritornello.lab.experiments.accuracies import (
     CHEAP,
     HOPS,
@@ -89,8 +89,9 @@ class DepthExtrapolation(TrainedExperiment):
         "loops can reach (hops <= loops). It is not told the number of hops, neither then nor in the test.",
         "On the cycle and on facts the number of loops says the number of hops, in training and in the test; plain "
         "models are told it.",
-        "Plain models are asked every question at every step, and train on until they solve the training hops and a "
-        "third of the steps more, or have spent 4 times the article model's training FLOPs.",
+        f"Plain models are asked every question at every step, and train on until they have {SOLVING} on the training "
+        "hops and a third of the steps more, while the rate falls, or have spent 4 times the article model's training "
+        "FLOPs.",
         "Settings were chosen on other seeds and other test problems, while looking at what the claim is about, "
         "accuracy at 10 and 20 hops (experiments/LOG.md, entries 4 to 6).",
         "Questions of 1 to 5 hops come in problems as deep as training's, deeper ones in problems of their own depth.",
