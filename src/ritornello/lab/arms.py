@@ -10,7 +10,7 @@ from typing import Any
 
 from ritornello.accounting import at_mean_loops, count_parameters, fit_ffn, flops_per_token
 from ritornello.config import ModelConfig, TrainConfig
-from ritornello.lab.cell import Cell, Role
+from ritornello.lab.cell import Cell, Role, looped
 from ritornello.lab.tasks import Task
 
 MAX_LOOPS = 8  # in training
@@ -142,12 +142,9 @@ def cell(arm: str, task: Task, *, seed: int, masked: bool, sizes: Mapping[str, i
     """The cell of an arm on a task; `changes` of its training, for example a smaller number of steps."""
     chosen = ARMS[arm]
     model = replace(DENSE, vocab_size=task.vocab_size, n_token_tables=task.n_token_tables, **chosen.model)
-    settings: dict[str, Any] = {}
-    if task.loops_say_hops and chosen.role != "plain":
-        settings |= {"max_loops": task.train_hops, "mean_loops": (1 + task.train_hops) / 2}
-    settings |= chosen.train
-    settings |= changes
-    train = replace(LOOPED, **settings, seed=seed)
+    usual = looped(LOOPED, task.train_hops) if task.loops_say_hops and chosen.role != "plain" else LOOPED
+    settings: dict[str, Any] = {**chosen.train, **changes}
+    train = replace(usual, **settings, seed=seed)
     return Cell(
         arm=arm,
         role=chosen.role,

@@ -1,6 +1,6 @@
 """From seeds to an outcome: the rules that several experiments share. Fewer than MIN_SEEDS decide nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -55,6 +55,13 @@ def costs_at_most(before: Sequence[float], after: Sequence[float], cheap: float)
     if lost.high <= cheap:
         return "holds", test
     return ("does not hold" if lost.low > cheap else "inconclusive"), test
+
+
+def all_cost_at_most(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], cheap: float) -> tuple[Outcome, str]:
+    """`costs_at_most` of each (before, after) by its name; one that fails decides."""
+    judged = {name: costs_at_most(before, after, cheap) for name, (before, after) in pairs.items()}
+    test = "; ".join(f"{name}: {said}" for name, (_, said) in judged.items())
+    return all_of([outcome for outcome, _ in judged.values()]), test
 
 
 def _paired(a: Sequence[float], b: Sequence[float]) -> Summary:

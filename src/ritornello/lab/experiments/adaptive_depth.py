@@ -1,7 +1,7 @@
 """Whether the depth that tokens choose follows how much they need, and what each way of choosing buys."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -129,28 +129,26 @@ class AdaptiveDepth(TrainedExperiment):
 
     def _costs_nothing(self, rows: Sequence[Row], model: str, rule: str) -> Verdict:
         full = "dense" if model in OWN_RULE else model
-        outcomes: list[Outcome] = []
-        said, tests = [], []
+        pairs, said = {}, []
         for name, hops in (("training hops", TRAINING), ("beyond", DEEP)):
             before, after = forced(rows, full, TEST_LOOPS, hops), stopped(rows, model, rule, hops)
             seeds = min(len(before), len(after))
-            outcome, test = judging.costs_at_most(before[:seeds], after[:seeds], CHEAP)
-            outcomes.append(outcome)
-            tests.append(f"{name}: {test}")
+            pairs[name] = (before[:seeds], after[:seeds])
             used = stopped(rows, model, rule, hops, metric="loops_used")
             said.append(
                 f"{name} {judging.shown(after)} in {judging.shown(used)} loops against {judging.shown(before)} in "
                 f"{TEST_LOOPS}"
             )
+        outcome, test = judging.all_cost_at_most(pairs, CHEAP)
         known = learnt(rows, model) and learnt(rows, full)
         return self.verdict(
             "costs",
             rows,
             model,
             claim=f"{arms.ARMS[model].title}, {rule}: stopping costs no accuracy",
-            outcome=judging.all_of(outcomes) if known else "inconclusive",
+            outcome=outcome if known else "inconclusive",
             evidence="; ".join(said),
-            test="; ".join(tests) if known else "none: the training hops were not learnt",
+            test=test if known else "none: the training hops were not learnt",
         )
 
     def _better(self, rows: Sequence[Row], one: tuple[str, str], other: tuple[str, str]) -> Verdict:
@@ -176,15 +174,18 @@ class AdaptiveDepth(TrainedExperiment):
 def stopped(
     rows: Sequence[Row], model: str, rule: str, hops: Sequence[int], *, metric: str = "accuracy"
 ) -> list[float]:
-    """By seed, where `rule` ends the loops: the mean over several numbers of hops, each of the same weight."""
-    by_hops = [values(rows, model=model, rule=rule, metric=metric, hops=k) for k in hops]
-    return np.mean(by_hops, axis=0).tolist()
+    """By seed, where `rule` ends the loops."""
+    return _means(rows, hops, model=model, rule=rule, metric=metric)
 
 
 def forced(rows: Sequence[Row], model: str, loops: int, hops: Sequence[int]) -> list[float]:
     """By seed, with the same number of loops for every token."""
-    by_hops = [values(rows, model=model, rule=None, metric="accuracy", loops=loops, hops=k) for k in hops]
-    return np.mean(by_hops, axis=0).tolist()
+    return _means(rows, hops, model=model, rule=None, metric="accuracy", loops=loops)
+
+
+def _means(rows: Sequence[Row], hops: Sequence[int], **wanted: Any) -> list[float]:
+    """By seed, over several numbers of hops, each of the same weight."""
+    return np.mean([values(rows, hops=k, **wanted) for k in hops], axis=0).tolist()
 
 
 def learnt(rows: Sequence[Row], model: str) -> bool:

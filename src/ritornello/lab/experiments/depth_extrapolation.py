@@ -21,7 +21,7 @@ from ritornello.lab.experiments.accuracies import (
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import N_QUESTIONS, Row, accuracy_rows, pick_rows, stopping_rows, values
-from ritornello.lab.report import Outcome, Picture, Table, Verdict
+from ritornello.lab.report import Picture, Table, Verdict
 from ritornello.lab.tasks import TASKS
 
 MAIN = "chains"
@@ -90,7 +90,7 @@ class DepthExtrapolation(TrainedExperiment):
         "On the cycle and on facts the number of loops says the number of hops, in training and in the test; plain "
         "models are told it.",
         f"Plain models are asked every question at every step, and train on until they have {SOLVING} on the training "
-        "hops and a third of the steps more, while the rate falls, or have spent 4 times the article model's training "
+        "hops and a third of the steps more, or have spent 4 times the article model's training "
         "FLOPs.",
         "Settings were chosen on other seeds and other test problems, while looking at what the claim is about, "
         "accuracy at 10 and 20 hops (experiments/LOG.md, entries 4 to 6).",
@@ -168,14 +168,15 @@ class DepthExtrapolation(TrainedExperiment):
         )
 
     def _harmless(self, found: Accuracies, arm: str) -> Verdict:
-        outcomes: list[Outcome] = []
-        said, tests = [], []
-        for name, hops in (("training hops", found.training), ("beyond", found.beyond)):
-            before, after = (found.means(arm, hops, loops) for loops in (TEST_LOOPS, LOOPS[-1]))
-            outcome, test = judging.costs_at_most(before, after, CHEAP)
-            outcomes.append(outcome)
-            tests.append(f"{name}: {test}")
-            said.append(f"{name} {judging.shown(before)} at {TEST_LOOPS} loops, {judging.shown(after)} at {LOOPS[-1]}")
+        pairs = {
+            name: (found.means(arm, hops, TEST_LOOPS), found.means(arm, hops, LOOPS[-1]))
+            for name, hops in (("training hops", found.training), ("beyond", found.beyond))
+        }
+        outcome, test = judging.all_cost_at_most(pairs, CHEAP)
+        said = [
+            f"{name} {judging.shown(before)} at {TEST_LOOPS} loops, {judging.shown(after)} at {LOOPS[-1]}"
+            for name, (before, after) in pairs.items()
+        ]
         known = float(np.mean(found.means(arm, found.beyond, TEST_LOOPS)))
         learnt = found.lowest(arm) >= LEARNT and known >= LEARNT / 2
         return self.verdict(
@@ -183,9 +184,9 @@ class DepthExtrapolation(TrainedExperiment):
             found.rows,
             arm,
             claim=f"{arms.ARMS[arm].title}: {LOOPS[-1]} loops are no worse than {TEST_LOOPS}",
-            outcome=judging.all_of(outcomes) if learnt else "inconclusive",
+            outcome=outcome if learnt else "inconclusive",
             evidence="; ".join(said),
-            test="; ".join(tests) if learnt else "none: too little was learnt to be lost",
+            test=test if learnt else "none: too little was learnt to be lost",
         )
 
     def _matters(self, found: Accuracies, arm: str) -> Verdict:
