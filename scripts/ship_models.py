@@ -14,7 +14,7 @@ from ritornello.lab.tasks import TASKS
 from ritornello.train import checkpoint
 
 SHIPPED = Path(__file__).parent.parent / "src/ritornello/shipped/models"
-FROM_LAB = {"chains": "dense", "chains-moe": "no-prelude"}
+FROM_LAB = {"chains": "dense", "chains-moe": "article"}
 MAX_BYTES = 5_000_000
 
 

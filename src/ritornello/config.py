@@ -146,6 +146,7 @@ class ModelConfig:
     read_out: ReadOut = "last"
 
     output_init: Literal["effective_depth", "zero"] = "effective_depth"
+    embedding_init: Literal["small", "unit"] = "small"  # small: as every matrix; unit: of variance 1
 
     def __post_init__(self) -> None:
         positive = "vocab_size n_token_tables dim n_loops max_seq_len n_heads n_kv_heads head_dim ffn_dim carry_streams"

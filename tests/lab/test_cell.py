@@ -21,7 +21,7 @@ TASK = build_task("chains", SIZES)
 def small(arm: str = "dense", *, seed: int = 0, masked: bool = True, **changes: Any) -> cell.Cell:
     """An arm on 8 nodes, for a few steps."""
     settings = {"steps": 6, "batch_size": 4, "warmup_steps": 1} | changes
-    return replace(arms.cell(arm, TASK, seed=seed, masked=masked, sizes=SIZES, **settings), max_steps=0)
+    return arms.cell(arm, TASK, seed=seed, masked=masked, sizes=SIZES, **settings)
 
 
 def weights(found: cell.Trained) -> dict[str, torch.Tensor]:
@@ -90,25 +90,6 @@ def test_questions_are_as_many_as_asked_for_of_each_hop() -> None:
         assert (batch.labels != NO_LABEL).sum() == 9
         assert (batch.labels != NO_LABEL).any(axis=1)[-1]  # no problem is computed for nothing
     assert (problems(TASK, 2, told=False, n=4).labels == problems(TASK, 2, told=False, n=4).labels).all()
-
-
-def test_validation_problems_are_of_the_training_split() -> None:
-    test, fresh = (problems(TASK, 4, told=False, n=20, split=split).tokens for split in ("test", "train"))
-    keys = lambda tokens: {tuple(key) for key in TASK.keys(tokens, np.full(len(tokens), 4)).tolist()}  # noqa: E731
-    assert not keys(test) & keys(fresh)
-
-
-def test_unsolved_training_goes_on_up_to_its_limit() -> None:
-    found = cell.train(replace(small("plain-depth", steps=10), max_steps=13))
-    assert found.steps == 13
-    assert cell.train(small("plain-depth", steps=10)).steps == 10
-
-
-def test_longer_keeps_the_cooldown() -> None:
-    x = replace(small(steps=100), max_steps=1000)
-    settings = cell.longer(x.train, x, by=10)
-    assert settings.steps == 110
-    assert round(settings.cooldown_fraction * settings.steps) == round(x.train.cooldown_fraction * 100)
 
 
 def test_divergence_is_a_result(tmp_path: Path) -> None:

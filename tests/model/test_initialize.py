@@ -93,3 +93,14 @@ def test_low_rank_deltas_and_loop_embedding_start_silent() -> None:
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
     tokens = tokens_for(model.config, 1, 4)
     torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_unit_embeddings_are_of_unit_size_and_the_rest_is_as_before() -> None:
+    small, unit = (RecurrentDepthTransformer(tiny(embedding_init=kind, dim=256), seed=1) for kind in ("small", "unit"))
+    assert unit.embed_tokens[0].weight.std().item() == pytest.approx(1, rel=0.05)
+    assert small.embed_tokens[0].weight.std().item() == pytest.approx((2 / 5 / 256) ** 0.5, rel=0.05)
+    stds = [
+        {name: w.std() for name, w in m.named_parameters() if w.ndim > 1 and "embed_tokens" not in name}
+        for m in (small, unit)
+    ]
+    assert all(stds[0][name].item() == pytest.approx(stds[1][name].item(), rel=0.2) for name in stds[0])

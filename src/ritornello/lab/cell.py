@@ -31,8 +31,6 @@ Role = Literal["looped", "plain", "ablation"]
 DATA_STREAM = 2  # of the host's random numbers of one (seed, step); 0 and 1 draw depths and probed states
 TEST_SEED = 2**31 - 2  # tuning, up to entry 8 of experiments/LOG.md, read the problems of 2**31 - 1
 GATE_BATCHES = 8
-SOLVED = 0.99  # of accuracy on every training hop, when training is over
-SOLVING = 0.95  # the same while the learning rate is still high: its fall brings the rest
 MODEL, CELL = "model.safetensors", "cell.json"
 
 
@@ -42,7 +40,6 @@ class Cell:
 
     task: a name in TASKS, which takes `task_sizes`. hops: the deepest question asked in training.
     masked: only questions that a sequence's loops can reach are asked in training, hops <= loops.
-    max_steps: up to so many, train on until the training hops are nearly solved, and a third of the steps more; 0: no.
     bf16_carry: the state is rounded to bfloat16 after each loop.
     """
 
@@ -55,7 +52,6 @@ class Cell:
     task_sizes: tuple[tuple[str, int], ...] = ()
     hops: int = 5
     masked: bool = False
-    max_steps: int = 0
     bf16_carry: bool = False
 
     @property
@@ -143,13 +139,8 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
     task, model, settings, start = cell.build_task(), build(cell), cell.train, time.perf_counter()
     optimizers = build_optimizers(model, settings)
     step, tokens, seq_len, loops, loss, diverged = 0, 0, 1, 0.0, math.nan, None
-    solved = not cell.max_steps
     while step < settings.steps:
-        if not solved and step == settings.steps - round(settings.cooldown_fraction * settings.steps):
-            solved = solves(cell, model, task)
-            # what extrapolates comes after the training hops are solved: plain models get time for it too
-            settings = longer(settings, cell, by=3 if solved else 10)
-        now = batch(replace(cell, train=settings), task, step)
+        now = batch(cell, task, step)
         try:
             measured = train_step(model, optimizers, now, train=settings, step=step)
         except NonFiniteError:
@@ -177,27 +168,10 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
     )
 
 
-def longer(settings: TrainConfig, cell: Cell, *, by: int) -> TrainConfig:
-    """The same schedule with a longer constant part: 1 / by more steps, at most max_steps in all."""
-    steps = min(cell.max_steps, settings.steps + max(1, cell.train.steps // by))
-    cooldown = settings.cooldown_fraction * settings.steps
-    return replace(settings, steps=steps, cooldown_fraction=cooldown / steps)
-
-
 def training_flops(cell: Cell, *, seq_len: int, loops: float) -> float:
     """Per token, at a mean number of loops; what little the exit probe and the gate take is left out."""
     how: Any = {"seq_len": seq_len, "training": True, "convention": "full"}
     return at_mean_loops(lambda n: flops_per_token(cell.model, n_loops=n, **how), loops)
-
-
-@torch.no_grad()
-def solves(cell: Cell, model: RecurrentDepthTransformer, task: Task) -> bool:
-    """Whether every training hop is answered right in SOLVING of fresh problems of the training split."""
-    from ritornello.lab.measure import Questions, accuracy
-
-    questions = Questions.of(model, task, range(1, cell.hops + 1), split="train")
-    (found,) = accuracy(model, questions, (cell.train.max_loops,)).values()
-    return min(found.values()) >= SOLVING
 
 
 def peak_bytes() -> int:

@@ -15,27 +15,27 @@ from ritornello.accounting import at_mean_loops, kv_bytes_per_token
 from ritornello.config import ExitRule
 from ritornello.lab.cell import TEST_SEED, Trained, sizes, to_batch
 from ritornello.lab.statistics import rank_correlation
-from ritornello.lab.tasks import Problems, Split, Task
+from ritornello.lab.tasks import Problems, Task
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth
 from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.evaluate import evaluating, hidden_by_depth
 
 N_QUESTIONS = 128  # for each number of hops; the same ones for every arm and seed
-STREAMS = {"test": 3, "train": 4}  # of the host's random numbers: test problems, and fresh ones of the training split
+STREAM = 3  # of the host's random numbers
 Row = dict[str, Any]
 
 
-def problems(task: Task, hops: int, *, told: bool, n: int = 0, split: Split = "test") -> Batch:
-    """Problems that ask `n` questions of `hops` hops and no others; n = 0: N_QUESTIONS.
+def problems(task: Task, hops: int, *, told: bool, n: int = 0) -> Batch:
+    """Test problems that ask `n` questions of `hops` hops and no others; n = 0: N_QUESTIONS.
 
     The problems are as deep as training's, or as `hops` where that is more: a question of few hops comes in the kind
     of problem that training asked it in.
     """
     n = n or N_QUESTIONS
-    rng = depth.generator(TEST_SEED, hops, STREAMS[split])
+    rng = depth.generator(TEST_SEED, hops, STREAM)
     deepest = hops if task.loops_say_hops else max(hops, task.train_hops)
-    found = task.sample(rng, np.full(n, deepest), split=split)
+    found = task.sample(rng, np.full(n, deepest), split="test")
     wanted = found.hops == hops
     count = wanted.cumsum().reshape(wanted.shape)
     assert count[-1, -1] >= n, f"{count[-1, -1]} questions of {hops} hops in {n} problems"
@@ -52,11 +52,9 @@ class Questions:
     asked: Mapping[int, Batch]
 
     @staticmethod
-    def of(
-        model: RecurrentDepthTransformer, task: Task, hops: Sequence[int], n: int = 0, split: Split = "test"
-    ) -> "Questions":
+    def of(model: RecurrentDepthTransformer, task: Task, hops: Sequence[int], n: int = 0) -> "Questions":
         told = model.config.is_plain
-        return Questions({k: problems(task, k, told=told, n=n, split=split) for k in hops})
+        return Questions({k: problems(task, k, told=told, n=n) for k in hops})
 
     def tensors(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """hops, tokens, labels and where there is one"""

@@ -3,7 +3,7 @@
 Matrices: normal of variance 2 / (5 · fan_in), truncated at 3 standard deviations (small init, 2312.16903 §3; there for
 fan_in = D alone). Projections back into the residual stream: divided by √(2 · n_eff), n_eff the effective depth of a
 looped model (as Huginn, 2502.05171, with the decay of an LTI carry taken into account), or zero (Parcae 2604.12946).
-Norms start at 1, `lora_B` at 0. Modules with a `reset` set what else they hold.
+Norms start at 1, `lora_B` at 0, token embeddings have variance 1 if asked. A module's `reset` sets what else it holds.
 """
 
 import math
@@ -21,12 +21,13 @@ def initialize(model: "RecurrentDepthTransformer", seed: int) -> None:
     """Draw every parameter of `model` in place, from `seed` alone."""
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
     shrink = 0.0 if model.config.output_init == "zero" else (2 * model.config.effective_depth) ** -0.5
+    unit = ("loop_embedding.weight", *(["embed_tokens"] if model.config.embedding_init == "unit" else []))
     for name, weight in model.named_parameters():
         output = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
         std = math.sqrt(2 / (5 * weight.shape[-1])) * (shrink if output else 1.0) if weight.ndim >= 2 else 0.0
         if name.endswith("norm.weight"):
             weight.fill_(1)
-        elif name == "loop_embedding.weight":  # of the size of the states that its scale, from 0, will add it to
+        elif name.startswith(unit):  # loop embeddings: of the size of the states that their scale, from 0, adds them to
             weight.normal_(generator=generator)
         elif name.endswith("lora_B") or std == 0:
             weight.zero_()

@@ -29,7 +29,7 @@ GATE_RULES = {
     "entropy < 0.3": ExitRule("entropy", 0.3),
 }
 ACT_RULES = {f"cumulative > {x}": ExitRule("cumulative", x) for x in (0.9, 0.99)}
-MODELS = ("article", "no-prelude", "dense", "act-mixture", "act-last")
+MODELS = ("article", "dense", "act-mixture", "act-last")
 OWN_RULE = {"act-mixture": "cumulative > 0.99", "act-last": "cumulative > 0.99"}
 FOLLOWS = 0.5  # Spearman's ρ above which loops are said to follow hops
 

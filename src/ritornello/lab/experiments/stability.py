@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ritornello.train.data import Batch
 
 TASK = "chains"
 SIZES = {"n_nodes": 16, "n_chains": 4}
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-3, 3e-2, 1e-1)
 DEPTHS = (4, 16)
 STEPS, EVERY, LAST = 200, 50, 20
 LOOPED = ("dense", "linear", "add", "no-injection", "article")
@@ -169,13 +169,14 @@ class Stability(Experiment):
 
 def _cell(arm: str, rate: float, loops: int, seed: int) -> Cell:
     task = build_task(TASK, SIZES)
-    depth = {"depth": "fixed", "min_loops": 1, "max_loops": loops, "mean_loops": float(loops)}
-    schedule = {"steps": STEPS, "batch_size": 8, "warmup_steps": 20, "lr": rate}
+    schedule: dict[str, Any] = {"steps": STEPS, "batch_size": 8, "warmup_steps": 20, "lr": rate}
     plain = arms.ARMS[arm].role == "plain"
-    made = arms.cell(arm, task, seed=seed, masked=False, sizes=SIZES, **schedule, **(depth if not plain else {}))
+    if not plain:
+        schedule |= {"depth": "fixed", "min_loops": 1, "max_loops": loops, "mean_loops": float(loops)}
+    made = arms.cell(arm, task, seed=seed, masked=False, sizes=SIZES, **schedule)
     n_layers = loops if arm == "plain-depth" else 1
     model = replace(made.model, n_prelude_layers=n_layers) if plain else replace(made.model, n_loops=loops)
-    return replace(made, model=model, max_steps=0)
+    return replace(made, model=model)
 
 
 def _watcher(

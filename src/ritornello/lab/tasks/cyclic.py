@@ -18,7 +18,7 @@ class Cyclic(GraphTask):
     title = "k-th successor on a cycle"
     loops_say_hops = True
 
-    def __init__(self, n_nodes: int = 32) -> None:
+    def __init__(self, n_nodes: int = 24) -> None:
         require_int("n_nodes", n_nodes, 8)
         super().__init__(n_nodes)
         self.max_hops = n_nodes - 2
