@@ -10,7 +10,17 @@ import torch
 from ritornello.config import ExitRule
 from ritornello.lab import arms, cell
 from ritornello.lab.dynamics import largest_state, observe, spectral_radius
-from ritornello.lab.measure import Costs, Questions, accuracy, accuracy_rows, pick_rows, problems, stopping_rows
+from ritornello.lab.measure import (
+    Costs,
+    Questions,
+    accuracy,
+    accuracy_rows,
+    all_questions,
+    correlation_rows,
+    pick_rows,
+    problems,
+    stopping_rows,
+)
 from ritornello.lab.tasks import build_task
 from ritornello.train.data import NO_LABEL
 
@@ -137,12 +147,20 @@ def test_kv_bytes_grow_with_loops() -> None:
 
 def test_stopping_never_stops_at_threshold_zero() -> None:
     found = cell.train(small())
-    rows = stopping_rows(
-        "x", found, {"never": ExitRule("kl", 0.0), "at once": ExitRule("kl", 1e9)}, hops=(1, 2), max_loops=6
-    )
+    rules = {"never": ExitRule("kl", 0.0), "at once": ExitRule("kl", 1e9)}
+    rows = stopping_rows("x", found, rules, hops=(1, 2), max_loops=6)
+    rho = correlation_rows("x", found, rules, hops=4, max_loops=6, n=2)
+    assert [row["value"] for row in rho] == [0.0, 0.0]  # neither varies
     used = {row["rule"]: row["value"] for row in rows if row["metric"] == "loops_used" and row["hops"] == 2}
     assert used == {"never": 6.0, "at once": 1.0}
-    assert {row["value"] for row in rows if row["metric"] == "rank_correlation"} == {0.0}  # neither varies
+
+
+def test_all_questions_of_a_problem_with_their_hops() -> None:
+    batch, hops = all_questions(TASK, 4, n=3)
+    found = TASK.solve(batch.tokens, np.full(3, 4))
+    asked = batch.labels != NO_LABEL
+    assert (batch.labels[asked] == found[asked]).all() and len(hops) == asked.sum()
+    assert set(hops.tolist()) == {1, 2, 3, 4} and (hops == 4).sum() == 3
 
 
 def test_training_flops_are_linear_in_loops() -> None:

@@ -16,6 +16,7 @@ from ritornello.config import ExitRule
 from ritornello.lab.cell import TEST_SEED, Trained, sizes, to_batch
 from ritornello.lab.statistics import rank_correlation
 from ritornello.lab.tasks import Problems, Task
+from ritornello.lab.tasks.base import Ids
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth
 from ritornello.train.data import NO_LABEL, Batch
@@ -43,6 +44,14 @@ def problems(task: Task, hops: int, *, told: bool, n: int = 0) -> Batch:
     batch = to_batch(task, Problems(found.tokens[rows], found.answers[rows], found.hops[rows]), told=told)
     batch.labels[:] = np.where((wanted & (count <= n))[rows], batch.labels, NO_LABEL)
     return batch
+
+
+def all_questions(task: Task, hops: int, *, n: int) -> tuple[Batch, Ids]:
+    """`n` test problems of depth `hops` with all their questions of at least one hop, and each question's hops."""
+    found = task.sample(depth.generator(TEST_SEED, hops, STREAM), np.full(n, hops), split="test")
+    batch = to_batch(task, found, told=False)
+    batch.labels[:] = np.where(found.hops > 0, batch.labels, NO_LABEL)
+    return batch, found.hops[batch.labels != NO_LABEL]
 
 
 @dataclass(frozen=True)
@@ -174,23 +183,31 @@ def stopping_rows(
     max_loops: int,
     n: int = 0,
 ) -> list[Row]:
-    """Accuracy and mean loops by hops where tokens stop by each of `rules`, and how well loops follow hops.
-
-    `rank_correlation`: Spearman's ρ between the hops of a question and the loops that it took, over all questions, as
-    many of each number of hops; 0 where every question took as many.
-    """
+    """Accuracy and mean loops by hops where tokens stop by each of `rules`."""
     task, rows = found.cell.build_task(), []
     costs, questions = Costs(found, task), Questions.of(found.model, task, hops, n)
     for name, rule in rules.items():
-        every = list(stopping(found.model, questions, rule, max_loops=max_loops))
-        for k, right, used in every:
+        for k, right, used in stopping(found.model, questions, rule, max_loops=max_loops):
             where = {"hops": k, "loops": max_loops, "rule": name, **costs.at(float(used.mean()))}
             for metric, value in (("accuracy", right.mean()), ("loops_used", used.mean())):
                 rows.append(row(experiment, found, metric=metric, value=float(value), n=len(used), **where))
-        needed = np.concatenate([np.full(len(used), k) for k, _, used in every])
-        used = np.concatenate([used for _, _, used in every])
-        where = {"loops": max_loops, "rule": name, **costs.at(float(used.mean()))}
+    return rows
+
+
+def correlation_rows(
+    experiment: str, found: Trained, rules: Mapping[str, ExitRule], *, hops: int, max_loops: int, n: int
+) -> list[Row]:
+    """How well loops follow hops: Spearman's ρ between what a question needs and the loops that it took.
+
+    All questions stand in problems of the same depth, so that the depth of the problem cannot tell what that of the
+    question is. ρ is 0 where every question took as many loops.
+    """
+    task, rows = found.cell.build_task(), []
+    costs, (asked, needed) = Costs(found, task), all_questions(task, hops, n=n)
+    for name, rule in rules.items():
+        ((_, _, used),) = stopping(found.model, Questions({hops: asked}), rule, max_loops=max_loops)
         rho = rank_correlation(needed, used)
-        rho = rho if np.isfinite(rho) else 0.0
-        rows.append(row(experiment, found, metric="rank_correlation", value=rho, n=len(used), **where))
+        where = {"hops": hops, "loops": max_loops, "rule": name, **costs.at(float(used.mean()))}
+        value = rho if math.isfinite(rho) else 0.0
+        rows.append(row(experiment, found, metric="rank_correlation", value=value, n=len(used), **where))
     return rows

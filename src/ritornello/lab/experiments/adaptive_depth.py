@@ -11,7 +11,7 @@ from ritornello.lab.cell import TEST_SEED, Cell, Trained
 from ritornello.lab.experiments.accuracies import CHEAP, HOPS, LEARNT, TEST_LOOPS
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
-from ritornello.lab.measure import Row, accuracy_rows, pick_rows, stopping_rows, values
+from ritornello.lab.measure import Row, accuracy_rows, correlation_rows, pick_rows, stopping_rows, values
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
 from ritornello.lab.statistics import MIN_SEEDS, spread, summarise
 from ritornello.lab.tasks import TASKS
@@ -19,6 +19,7 @@ from ritornello.lab.tasks import TASKS
 TASK = "chains"
 TRAINING, DEEP = HOPS[:5], HOPS[5:]
 N_QUESTIONS = 64  # for each number of hops
+N_PROBLEMS = 16  # of the greatest depth, all their questions: how loops follow hops
 MAX_LOOPS = 32
 FORCED = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32)
 LEARNED, FREE = "hazard > 0.9", "KL < 0.1"
@@ -44,9 +45,9 @@ class AdaptiveDepth(TrainedExperiment):
     )
     rules: ClassVar = {
         "follows": (
-            "Spearman's ρ between hops and loops used, over test questions, as many of each number of hops; 0 where "
-            f"all took as many loops. Holds: its 95% t interval over seeds lies above {FOLLOWS}. Does not hold: it "
-            "lies below. Else, or under 3 seeds, inconclusive."
+            "Spearman's ρ between hops and loops used, over all questions of at least one hop in test problems of "
+            f"{HOPS[-1]} hops; 0 where all took as many loops. Holds: its 95% t interval over seeds lies above "
+            f"{FOLLOWS}. Does not hold: it lies below. Else, or under 3 seeds, inconclusive."
         ),
         "costs": (
             f"Inconclusive unless the mean on each training hop at {arms.MAX_LOOPS} loops is at least {LEARNT}. "
@@ -81,6 +82,7 @@ class AdaptiveDepth(TrainedExperiment):
         "hops": HOPS,
         "loops": FORCED,
         "questions": N_QUESTIONS,
+        "problems": N_PROBLEMS,
         "test_seed": TEST_SEED,
         "rules": {name: (rule.rule, rule.threshold) for name, rule in (GATE_RULES | ACT_RULES).items()},
         "max_loops": MAX_LOOPS,
@@ -94,7 +96,8 @@ class AdaptiveDepth(TrainedExperiment):
     def measure(self, found: Trained) -> list[Row]:
         rules = ACT_RULES if found.cell.model.halting == "act" else GATE_RULES
         rows = accuracy_rows(self.name, found, hops=HOPS, loops=FORCED, n=N_QUESTIONS)
-        return rows + stopping_rows(self.name, found, rules, hops=HOPS, max_loops=MAX_LOOPS, n=N_QUESTIONS)
+        rows += stopping_rows(self.name, found, rules, hops=HOPS, max_loops=MAX_LOOPS, n=N_QUESTIONS)
+        return rows + correlation_rows(self.name, found, rules, hops=HOPS[-1], max_loops=MAX_LOOPS, n=N_PROBLEMS)
 
     def judge(self, rows: Sequence[Row]) -> list[Verdict]:
         verdicts = []
@@ -224,7 +227,7 @@ def _table(rows: Sequence[Row], models: Sequence[str]) -> Table:
         title="Every rule",
         head=head,
         rows=tuple(lines),
-        note=f"1 to 20 hops, at most {MAX_LOOPS} loops; mean ± sd over seeds",
+        note=f"1 to 20 hops, at most {MAX_LOOPS} loops; ρ within problems of {HOPS[-1]} hops; mean ± sd over seeds",
     )
 
 
