@@ -35,12 +35,10 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, default=Path("runs/lab"))
     options = parser.parse_args()
     for name in EXPERIMENTS:
-        try:
+        folder = campaign.folder_of(options.source, "full", name)
+        if folder.exists():
             campaign.report_of(name, scale="full", out=options.source)
-        except ValueError as error:
-            print(error)
-        else:
-            print(publish(name, campaign.folder_of(options.source, "full", name), options.date))
+            print(publish(name, folder, options.date))
     for name, picture in PICTURES.items():
         for path in (ROOT / "experiments").glob(picture):
             shutil.copyfile(path, ROOT / "docs" / name)

@@ -131,7 +131,9 @@ def test_stability_rows_and_verdicts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     experiment = Stability()
     wanted = ("dense", "add", "plain-depth")
     cells = [cell for cell in experiment.cells("full") if cell.arm in wanted and cell.train.max_loops <= 4]
-    rows = [row for cell in cells[::4] for row in experiment.run(cell, tmp_path)]
+    parts = [experiment.run(cell, tmp_path) for cell in cells[::4]]
+    rows = [row for part in parts for row in part]
+    assert all(experiment.show([row for part in parts[:n] for row in part]) for n in range(1, len(parts)))
     steps = {row["step"] for row in pick_rows(rows, model="dense", metric="radius")}
     assert steps == {1, 3}
     assert all(row["value"] in (0.0, 1.0) for row in pick_rows(rows, metric="trains"))

@@ -9,6 +9,7 @@ from ritornello.lab import cell
 from ritornello.lab.measure import Questions, accuracy, correlation_rows, stopping
 from ritornello.recipes import find_model
 
+
 @pytest.mark.parametrize(("name", "beyond", "too_few"), [("chains", 10, 8), ("chains-moe", 6, 3)])
 def test_chain_models_reach_further_than_they_were_trained(name: str, beyond: int, too_few: int) -> None:
     found = cell.load(find_model(name))

@@ -1,7 +1,7 @@
 """The models that experiments compare: the article's, the smallest looped one, plain ones, and what is taken away.
 
-All read the same problems in the same order. Sizes are for one CPU core; the arms of one task differ in what their
-names say and in nothing else.
+All read the same problems in the same order. Sizes are for one CPU core; looped arms differ in what their names say and
+in nothing else, plain ones also train longer and at a rate of their own.
 """
 
 from collections.abc import Mapping
@@ -110,8 +110,8 @@ SIZE = count_parameters(replace(DENSE, **ARTICLE))["total"]
 ARMS: dict[str, Arm] = {
     "article": Arm(role="looped", title="article model", model=ARTICLE),
     "dense": Arm(role="looped", title="smallest looped model"),
-    # the best of 5 × 64, 3 × 80 and 8 × 48: experiments/LOG.md, entry 6
-    "plain-5x64": _plain("plain, equal parameters (5 × 64)", 5, 64, SIZE),
+    # the best of 5 × 64, 3 × 80 and 8 × 48 after 500 to 1,500 steps: experiments/LOG.md, entry 6
+    "plain-5x64": _plain("plain, the article model's parameters (5 × 64)", 5, 64, SIZE),
     "plain-depth": _plain("plain, equal depth", MAX_LOOPS, DENSE.dim),
     "plain-one-layer": _plain("plain, one layer", 1, DENSE.dim),
     "no-injection": Arm(role="ablation", title="no injection", model={"injection": "none"}),

@@ -15,7 +15,7 @@ Scale = Literal["quick", "full"]
 
 
 class Experiment(ABC):
-    """Everything but the results is fixed before any of them is seen; `rules` say in words what `judge` computes."""
+    """`rules` say in words what `judge` computes, and are written before the results that they judge."""
 
     name: str
     title: str
@@ -25,6 +25,7 @@ class Experiment(ABC):
     sources: tuple[str, ...]
     budget: ClassVar[Mapping[Scale, str]]
     notes: tuple[str, ...] = ()
+    masked: bool = False  # looped models are asked only what their loops can reach, in training
     measured: ClassVar[Mapping[str, Any]] = {}  # how a cell is measured; in another way its rows are other results
 
     @abstractmethod
@@ -47,7 +48,9 @@ class Experiment(ABC):
         """By the rule called `rule`, of an arm that has some of `rows`, all of one task."""
         found = pick_rows(rows, model=model)
         seeds = judging.seeds(len({row["seed"] for row in found}))
-        scale = f"at {found[0]['total']:,} parameters, on {TASKS[found[0]['task']].title}, {seeds}"
+        task = TASKS[found[0]["task"]]
+        scale = f"at {found[0]['total']:,} parameters, on {task.title}, {seeds}"
+        scale += ", looped models trained with the depth mask" if self.masked and not task.loops_say_hops else ""
         return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
 
     def command(self, scale: Scale) -> str:
@@ -56,6 +59,8 @@ class Experiment(ABC):
 
 class TrainedExperiment(Experiment):
     """Measures models after training."""
+
+    masked = True
 
     def run(self, cell: Cell, store: Path) -> list[Row]:
         return self.measure(trained(cell, store))

@@ -21,7 +21,7 @@ from ritornello.train.data import Batch
 
 TASK = "chains"
 SIZES = {"n_nodes": 16, "n_chains": 4}
-RATES = (3e-3, 3e-2, 1e-1)
+RATES = (3e-3, 1e-2, 3e-2)
 DEPTHS = (4, 16)
 STEPS, EVERY, LAST = 200, 50, 20
 LOOPED = ("dense", "linear", "add", "no-injection", "article")
@@ -33,7 +33,9 @@ INJECTION = {
     "no-injection": "none",
 }  # the arms that differ in nothing else
 BEYOND = (8, 16, 32, 64)  # times the training depth
-TRAINS_BELOW = 0.95 * math.log(SIZES["n_nodes"])  # less than guessing any node: something was learnt
+_ENDS = SIZES["n_chains"] / SIZES["n_nodes"]  # the share of questions that are about an end, which answers itself
+_COPYING = -_ENDS * math.log(_ENDS) - (1 - _ENDS) * math.log((1 - _ENDS) / (SIZES["n_nodes"] - 1))
+TRAINS_BELOW = 0.95 * _COPYING  # 2.59 nats: the node asked about, as often as it is right, and any other else
 
 
 class Stability(Experiment):
@@ -50,11 +52,12 @@ class Stability(Experiment):
     rules: ClassVar = {
         "stable": (
             f"A cell trains if loss and gradient stay finite and the mean loss of its last {LAST} steps is below "
-            f"{TRAINS_BELOW:.2f} nats, .95 of guessing any node: it has learnt something. A setting is a learning rate "
-            "and a number of loops. Holds: in no setting does another injection train in every seed and lti not, and "
-            "in some setting lti trains in every seed and `add` in fewer than half. Does not hold: somewhere another "
-            "injection trains in every seed and lti in fewer than half. Not tested at this scale: every injection "
-            "trains everywhere. Else, or under 3 seeds, inconclusive."
+            f"{TRAINS_BELOW:.2f} nats, .95 of what is lost without following an edge: by naming the node asked about "
+            "as often as it is right, and any other else. A setting is a learning rate and a number of loops. "
+            "Holds: in no setting does another injection train in every seed and lti not, and in some setting lti "
+            "trains in every seed and `add` in fewer than half. Does not hold: somewhere another injection trains "
+            "in every seed and lti in fewer than half. Not tested at this scale: every injection trains everywhere. "
+            "Else, or under 3 seeds, inconclusive."
         ),
         "bounded": (
             "A check of the code more than of the claim: with lti it follows from the equations. Holds: in every lti "
@@ -271,8 +274,10 @@ def _loss_picture(rows: Sequence[Row]) -> Picture:
     share = shares(rows)
     loops = max(at for _, _, at in share)
     lines = []
-    for model in [model for model in _models(rows) if model != "plain-one-layer"]:
+    for model in _models(rows):
         rates = sorted({rate for name, rate, depth in share if name == model and depth == loops})
+        if not rates:  # one layer has no depth, and of a part of the cells others may be missing
+            continue
         losses = [values(rows, model=model, depth=loops, lr=rate, metric="final_loss") for rate in rates]
         mean = np.array([np.mean(found) if found else np.nan for found in losses])
         sd = np.array([np.std(found, ddof=1) if len(found) > 1 else np.nan for found in losses])
