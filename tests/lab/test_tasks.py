@@ -207,6 +207,18 @@ def test_lengths_of_chains_vary_and_trees_branch() -> None:
     assert ((trees.hops[:, 32:] == 0).sum(axis=1) == 4).all()
 
 
+def test_guessing_gets_easier_with_depth() -> None:
+    task = Chains()
+    found = draw(task, [20] * 400, seed=1)
+    rng, right = np.random.default_rng(0), []
+    for answers, hops in zip(found.answers, found.hops, strict=True):
+        pointed = np.unique(answers[hops > 0])
+        right.append(rng.choice(pointed) == answers[hops == 20][0])
+    assert np.mean(right) == pytest.approx(task.guessing(20), abs=0.06)
+    assert task.chance < task.guessing(5) < task.guessing(20)
+    assert Cyclic().guessing(5) == Cyclic().chance
+
+
 def test_names_of_nodes_tell_nothing() -> None:
     for name in ("cyclic", "chains", "trees"):
         task = TASKS[name]

@@ -155,7 +155,7 @@ class Look(TypedDict, total=False):
     xlabel: Required[str]
     ylabel: Required[str]
     vertical: Mapping[float, str]
-    chance: float | None
+    chance: Mapping[int, float]  # what guessing gets, by x
     log_x: bool
     log_y: bool
     ylim: tuple[float, float] | None
@@ -183,8 +183,8 @@ def _chart(lines: Sequence[Curve], draw: "Callable[[Axes, Curve, dict[str, Any]]
         color, (dashes, filled) = COLORS[i % len(COLORS)], KINDS[line.kind]
         marker = {"marker": MARKERS[i % len(MARKERS)], "mfc": color if filled else "white"}
         draw(axes, line, {"color": color, "ls": dashes, **marker})
-    if (chance := look.get("chance")) is not None:
-        axes.axhline(chance, color="0.5", ls=(0, (1, 2)), lw=1.2, label=f"chance ({chance:.3g})")
+    if chance := look.get("chance"):
+        axes.plot(list(chance), list(chance.values()), color="0.5", ls=(0, (1, 2)), lw=1.2, label="guessing")
     vertical = look.get("vertical", {})
     for i, (x, name) in enumerate(vertical.items()):
         axes.axvline(x, color="0.4", ls=(0, (6, 4)), lw=1)

@@ -97,7 +97,7 @@ def curve_picture(found: Accuracies, every: Sequence[str]) -> Picture:
         xlabel="hops",
         ylabel="accuracy",
         vertical={found.task.train_hops: "training"},
-        chance=found.task.chance,
+        chance={hops: found.task.guessing(hops) for hops in found.hops},
         ylim=(0, 1.02),
     )
     caption = f"Accuracy by hops: looped models at {found.said_loops()}, mean ± sd over seeds."

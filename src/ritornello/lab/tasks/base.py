@@ -66,6 +66,10 @@ class Task(ABC):
         """The tokens with the number of hops written in, for models without loops."""
         return problems.tokens
 
+    def guessing(self, hops: int) -> float:
+        """The share of questions of `hops` hops that one gets right by guessing among answers that the problem leaves open."""
+        return self.chance
+
     def check(self, hops: Ids, split: Split) -> None:
         """Raise ValueError unless `sample` can serve these arguments."""
         require_choice("split", split, ("train", "test"))

@@ -11,6 +11,8 @@ import numpy as np
 from ritornello.lab.tasks.base import Ids, Problems, Task
 from ritornello.train.data import NO_LABEL
 
+N_GUESSED = 200  # problems over which guessing is averaged
+
 
 class GraphTask(Task):
     """A task about one graph per row, the same graph for every order of its edges."""
@@ -47,6 +49,15 @@ class ForestTask(GraphTask):
             depth += above != node
             node = above
         return node, depth
+
+    def guessing(self, hops: int) -> float:
+        """Among the roots that some other node points to; the longest path leaves few nodes to the others."""
+        deepest = np.full(N_GUESSED, max(hops, self.train_hops))
+        found = self.sample(np.random.default_rng(0), deepest, split="test")
+        right = [
+            1 / len(np.unique(answers[depth > 0])) for answers, depth in zip(found.answers, found.hops, strict=True)
+        ]
+        return float(np.average(right, weights=(found.hops == hops).sum(axis=1)))
 
     def solve(self, tokens: Ids, hops: Ids) -> Ids:
         """By pointer doubling."""
