@@ -67,7 +67,7 @@ class Task(ABC):
         return problems.tokens
 
     def guessing(self, hops: int) -> float:
-        """The share of questions of `hops` hops that one gets right by guessing among answers that the problem leaves open."""
+        """The share of questions of `hops` hops that guessing among the answers left open by the problem gets right."""
         return self.chance
 
     def check(self, hops: Ids, split: Split) -> None:
