@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ritornello.ops import experts as module
-from ritornello.ops.experts import experts, experts_grouped, experts_padded, experts_ref
+from ritornello.ops.experts import experts, experts_gathered, experts_grouped, experts_listed, experts_ref
 from tests.model.builders import close, differ
 
 E, D, F = 16, 16, 8
+PATHS = (experts_listed, experts_gathered, experts_grouped)
 
 
 def case(load: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -35,29 +36,43 @@ def run(path: Callable, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("load", ["even", "uneven", "idle", "one token"])
-@pytest.mark.parametrize("path", [experts_padded, experts_grouped, experts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("path", [*PATHS, experts], ids=lambda f: f.__name__)
 def test_paths_equal_the_definition(path: Callable, load: str) -> None:
     grouped = path is experts_grouped
     inputs = case(load, torch.float32 if grouped else torch.float64)
-    tolerance = 2e-5 if grouped else 1e-11
+    tolerance = {experts_grouped: 2e-5, experts_gathered: 1e-10}.get(path, 1e-11)
     for fast, defined in zip(run(path, inputs), run(experts_ref, inputs), strict=True):
         close(fast, defined, tolerance)
     x, gate_up, down, weights, indices = inputs
     differ(path(x, gate_up, down, (indices + 1) % E, weights), run(experts_ref, inputs)[0], 1e-3)
 
 
-def test_uneven_loads_take_the_path_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    real = module._per_expert
-    monkeypatch.setattr(module, "_per_expert", lambda *args: calls.append(1) or real(*args))
-    run(experts_padded, case("even"))
-    assert not calls
-    run(experts_padded, case("uneven"))
-    assert calls
+@pytest.mark.parametrize(
+    ("n", "gradients", "dtype", "wanted"),
+    [
+        (64, True, torch.float32, "experts_grouped"),
+        (1, True, torch.float32, "experts_grouped"),
+        (1, False, torch.float32, "experts_listed"),
+        (64, False, torch.float32, "experts_grouped"),
+        (64, True, torch.float64, "experts_listed"),
+    ],
+)
+def test_the_rule(n: int, gradients: bool, dtype: torch.dtype, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for name in ("experts_grouped", "experts_listed", "experts_gathered"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
+    shapes = ((n, D), (32, 2 * F, D), (32, D, F), (n, 2))
+    x, gate_up, down, weights = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    with torch.set_grad_enabled(gradients):
+        experts(x, gate_up, down, torch.randint(32, (n, 2)), weights)
+    assert taken == [wanted]
 
 
 @pytest.mark.parametrize("load", ["uneven", "idle"])
-@pytest.mark.parametrize("path", [experts_padded, experts_grouped, experts_ref], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "path", [experts_listed, experts_gathered, experts_grouped, experts_ref], ids=lambda f: f.__name__
+)
 def test_idle_experts_get_zero_gradients(path: Callable, load: str) -> None:
     inputs = case(load, torch.float32)
     _, _, gate_up, down, _ = run(path, inputs)
@@ -68,16 +83,16 @@ def test_idle_experts_get_zero_gradients(path: Callable, load: str) -> None:
 
 def test_order_of_choices_does_not_matter() -> None:
     x, gate_up, down, weights, indices = case("even")
-    y = experts_padded(x, gate_up, down, indices, weights)
-    close(experts_padded(x, gate_up, down, indices.flip(1), weights.flip(1)), y)
-    differ(experts_padded(x, gate_up, down, indices.flip(1), weights), y)
+    y = experts_listed(x, gate_up, down, indices, weights)
+    close(experts_listed(x, gate_up, down, indices.flip(1), weights.flip(1)), y)
+    differ(experts_listed(x, gate_up, down, indices.flip(1), weights), y)
 
 
 def test_tokens_do_not_depend_on_each_other() -> None:
     x, gate_up, down, weights, indices = case("even")
     rows = zip(x.split(1), indices.split(1), weights.split(1), strict=True)
-    alone = torch.cat([experts_padded(row, gate_up, down, index, weight) for row, index, weight in rows])
-    close(experts_padded(x, gate_up, down, indices, weights), alone)
+    alone = torch.cat([experts_listed(row, gate_up, down, index, weight) for row, index, weight in rows])
+    close(experts_listed(x, gate_up, down, indices, weights), alone)
 
 
 def test_autocast_reaches_the_experts() -> None:

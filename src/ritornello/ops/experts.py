@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW = 12  # experts for each pair of token and choice, above which most idle
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of a concatenated (..., 2F) projection (2002.05202)."""
@@ -46,42 +48,48 @@ class _Sorted:
 
 
 def experts_grouped(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """One grouped matmul over the sorted tokens: no host synchronisation, no padding. No float64 kernel exists."""
+    """One grouped matmul over the sorted tokens: no host synchronisation, no padding."""
     pairs = _Sorted(indices, gate_up.shape[0])
     ends = pairs.ends.to(torch.int32)
     hidden = swiglu(F.grouped_mm(x[pairs.token], gate_up.transpose(1, 2), offs=ends))
     return pairs.combine(F.grouped_mm(hidden, down.transpose(1, 2), offs=ends), weights)
 
 
-def experts_padded(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Two batched matmuls over every expert's tokens, padded to the fullest expert's: the fastest on a CPU when the
-    load is even. An uneven load would pad far more than it computes, so there each expert gets a matmul of its own.
-    """
+def experts_gathered(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Each (token, choice) pair with a copy of its expert's weights: reads no other expert, and waits for nothing."""
+    chosen = indices.flatten()
+    rows = x.repeat_interleave(indices.shape[1], 0)[:, None]
+    hidden = swiglu(torch.bmm(rows, gate_up[chosen].transpose(1, 2)))
+    y = torch.bmm(hidden, down[chosen].transpose(1, 2)).view(*indices.shape, -1)
+    return torch.bmm(weights.to(y.dtype)[:, None], y).squeeze(1)
+
+
+def experts_listed(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Two matmuls for each expert that has tokens, its weights where they lie. The host has to know how many it has."""
     pairs = _Sorted(indices, gate_up.shape[0])
-    capacity = int(pairs.counts.max())
-    n_pairs = indices.numel()
-    if gate_up.shape[0] * capacity > 4 * n_pairs:
-        return pairs.combine(_per_expert(x[pairs.token], gate_up, down, pairs.counts.tolist()), weights)
-    slot = torch.arange(n_pairs, device=x.device) - (pairs.ends - pairs.counts)[pairs.expert]
-    address = pairs.expert * capacity + slot
-    buffer = x.new_zeros(gate_up.shape[0] * capacity, x.shape[1]).index_copy(0, address, x[pairs.token])
-    buffer = buffer.view(gate_up.shape[0], capacity, -1)
-    hidden = swiglu(torch.bmm(buffer, gate_up.transpose(1, 2)))
-    y = torch.bmm(hidden, down.transpose(1, 2))
-    return pairs.combine(y.flatten(0, 1)[address], weights)
-
-
-def _per_expert(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-    """Only experts with tokens; `unbind` so that autograd stacks the experts' gradients once."""
-    parts = zip(rows.split(counts), gate_up.unbind(), down.unbind(), strict=True)
-    return torch.cat([F.linear(swiglu(F.linear(part, w_in)), w_out) for part, w_in, w_out in parts if len(part)])
+    counts = pairs.counts.tolist()
+    # `unbind` where gradients flow: autograd then stacks the experts' gradients once
+    every = list(zip(gate_up.unbind(), down.unbind(), strict=True)) if torch.is_grad_enabled() else None
+    parts = []
+    for expert, rows in enumerate(x[pairs.token].split(counts)):
+        if counts[expert]:
+            w_in, w_out = every[expert] if every is not None else (gate_up[expert], down[expert])
+            parts.append(F.linear(swiglu(F.linear(rows, w_in)), w_out))
+    return pairs.combine(torch.cat(parts), weights)
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The right path: grouped matmul in half precision on CUDA where the sizes suit it, padded batches elsewhere."""
+    """The right path, by a measured rule (experiments/LOG.md, entry 11).
+
+    Many pairs: grouped. So few, without gradients, that most experts idle: a GPU gathers, a CPU reads weights in place.
+    The grouped kernels know neither float64 nor widths that are no multiple of 8: there, listed.
+    """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-    suits = x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
-    path = experts_grouped if x.device.type == "cuda" and suits else experts_padded
+    suits = x.dtype != torch.float64 and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
+    few = indices.numel() * FEW <= gate_up.shape[0] and not torch.is_grad_enabled()
+    if few and x.device.type == "cuda":
+        return experts_gathered(x, gate_up, down, indices, weights)
+    path = experts_grouped if suits and not few else experts_listed
     return path(x, gate_up, down, indices, weights)
