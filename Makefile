@@ -5,7 +5,7 @@ RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo lab test test-all check format clean
+.PHONY: install demo lab bench test test-all check format clean
 
 install: $(DEV)
 
@@ -26,6 +26,15 @@ demo: $(RUNTIME)
 lab: $(RUNTIME)
 	$(BIN)/ritornello lab run all --quick
 
+# Other people's models want other versions: an environment of its own. Their requirements are left out (--no-deps):
+# they pin another torch.
+bench: constraints.txt
+	test -x .bench/bin/python || $(PYTHON) -m venv .bench
+	.bench/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	.bench/bin/python -m pip install -q -c constraints.txt -e . transformers
+	.bench/bin/python -m pip install -q --no-deps open-mythos==0.5.0
+	.bench/bin/python -m benchmarks
+
 test: $(DEV)
 	$(PYTEST)
 
@@ -44,5 +53,5 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .bench build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,65 @@
+"""python -m benchmarks: every theme, or those named; writes benchmarks/results/<theme>.md and latest.json."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, training
+from ritornello.config import pick
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+def train_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
+    for shape in ("S1", "S2"):
+        for attention in ("gqa", "mla"):
+            for dtype in ("fp32", "bf16"):
+                yield from training.rows(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
+
+
+THEMES: dict[str, Callable[[int, dict[str, float]], Iterator[Row]]] = {"training": train_themes}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("themes", nargs="*", metavar="theme", help=f"{', '.join(THEMES)}; default: all")
+    parser.add_argument("--turns", type=int, default=7)
+    options = parser.parse_args()
+    ceilings = {
+        name: machine.matmul_ceiling(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    said = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; largest matmul rate "
+    said += ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in ceilings.items())
+    said += f"; {machine.bandwidth() / 1e9:.1f} GB/s read"
+    RESULTS.mkdir(exist_ok=True)
+    every = []
+    for theme in options.themes or THEMES:
+        rows = []
+        for row in pick(THEMES, theme, "theme")(options.turns, ceilings):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        (RESULTS / f"{theme}.md").write_text(page(theme, rows, said), encoding="utf-8")
+        every += rows
+    (RESULTS / "latest.json").write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def page(theme: str, rows: list[Row], said: str) -> str:
+    columns = ("shape", "attention", "dtype", "metric", "ours", "peer", "peer_name", "ratio", "utilisation", "n")
+    shown = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)  # noqa: E731
+    lines = [" | ".join(columns), "|".join("---" for _ in columns)]
+    lines += [" | ".join(shown(row[name]) for name in columns) for row in rows]
+    table = "".join(f"| {line} |\n" for line in lines)
+    how = "Medians of n turns; ratio: the peer's time over ours, turn by turn."
+    return f"# {theme.capitalize()}\n\n{said}. {how}\n\n{table}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
