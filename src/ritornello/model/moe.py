@@ -10,7 +10,7 @@ from ritornello.config import ModelConfig
 from ritornello.model.attention import lora_options
 from ritornello.model.context import Loop
 from ritornello.model.lora import Linear
-from ritornello.ops.experts import experts, swiglu
+from ritornello.ops.experts import experts
 
 
 class FeedForward(nn.Module):
@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(width, config.dim, **lora)
 
     def forward(self, x: Tensor, table: Loop) -> Tensor:
-        return self.down_proj(swiglu(torch.cat((self.gate_proj(x, table), self.up_proj(x, table)), -1)), table)
+        return self.down_proj(nn.functional.silu(self.gate_proj(x, table)) * self.up_proj(x, table), table)
 
 
 @dataclass(frozen=True)
