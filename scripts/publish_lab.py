@@ -36,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     for name in EXPERIMENTS:
         folder = campaign.folder_of(options.source, "full", name)
-        if folder.exists():
+        if any((folder / "cells").glob("*.jsonl")):
             campaign.report_of(name, scale="full", out=options.source)
             print(publish(name, folder, options.date))
     for name, picture in PICTURES.items():
