@@ -1,4 +1,4 @@
-"""Other people's models at the shapes of ours, as a training step and a forward pass."""
+"""Other people's models at the shapes of ours, and a training step of theirs."""
 
 from collections.abc import Callable
 from typing import Any

@@ -32,11 +32,11 @@ def pick_device(name: str = "auto") -> torch.device:
 def fallbacks(device: torch.device) -> tuple[str, ...]:
     """What runs differently on `device` than on CUDA, in words for the user; nothing falls back unsaid."""
     if device.type == "cuda":
-        return ("experts in float32: batched matmuls padded to the fullest expert; grouped in bfloat16",)
+        return ("experts in float32: a matmul for each expert; grouped in bfloat16",)
     found = "no CUDA device found" if "cuda" not in available() else "CUDA is present but was not chosen"
-    said = [f"{found}: running on {device.type}", "experts: batched matmuls padded to the fullest expert, not grouped"]
+    said = [f"{found}: running on {device.type}"]
     if device.type == "mps":
-        said.append("float64: not available on mps")
+        said += ["experts: a matmul for each expert, not grouped", "float64: not available on mps"]
     return tuple(said)
 
 

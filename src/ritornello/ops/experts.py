@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 12  # experts for each pair of token and choice, above which most idle
+GROUPED: dict[str, tuple[torch.dtype, ...]] = {  # what F.grouped_mm is used for, by device
+    "cuda": (torch.bfloat16, torch.float16),
+    "cpu": (torch.bfloat16, torch.float16, torch.float32),
+}
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -82,12 +86,12 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: 
     """The right path, by a measured rule (experiments/LOG.md, entry 11).
 
     Many pairs: grouped. So few, without gradients, that most experts idle: a GPU gathers, a CPU reads weights in place.
-    The grouped kernels know neither float64 nor widths that are no multiple of 8: there, listed.
+    Listed where the grouped kernels do not reach: see GROUPED, and widths that are no multiple of 8.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-    suits = x.dtype != torch.float64 and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
+    suits = x.dtype in GROUPED.get(x.device.type, ()) and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
     few = indices.numel() * FEW <= gate_up.shape[0] and not torch.is_grad_enabled()
     if few and x.device.type == "cuda":
         return experts_gathered(x, gate_up, down, indices, weights)
