@@ -72,6 +72,7 @@ ARTICLE: dict[str, Any] = {
 }
 NONE: Mapping[str, Any] = {}
 PLAIN: dict[str, Any] = {"n_recurrent_layers": 0, "halting": "none"}
+PONDER: dict[str, Any] = {"ponder_weight": 3e-3}  # the best of four for both ACT arms: experiments/LOG.md, entry 13
 ONE_LOOP: dict[str, Any] = {"lr": 1e-3, "depth": "fixed", "min_loops": 1, "max_loops": 1, "mean_loops": 1.0}
 
 
@@ -126,8 +127,10 @@ ARMS: dict[str, Arm] = {
     ),
     "linear": Arm(role="ablation", title="linear injection", model={"injection": "linear"}),
     "add": Arm(role="ablation", title="additive injection", model={"injection": "add"}),
-    "act-mixture": Arm(role="looped", title="ACT, mixture", model={"halting": "act", "read_out": "mixture"}),
-    "act-last": Arm(role="looped", title="ACT, last state", model={"halting": "act"}),
+    "act-mixture": Arm(
+        role="looped", title="ACT, mixture", model={"halting": "act", "read_out": "mixture"}, train=PONDER
+    ),
+    "act-last": Arm(role="looped", title="ACT, last state", model={"halting": "act"}, train=PONDER),
     "short-training": Arm(role="ablation", title="short training", train={"steps": STEPS * 3 // 10}),
 }
 

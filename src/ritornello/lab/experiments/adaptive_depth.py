@@ -78,7 +78,8 @@ class AdaptiveDepth(TrainedExperiment):
     notes = (
         "Depth mask: in training a looped model is asked only those questions that its layers can reach.",
         "Each verdict is at its own 5% level; nothing is corrected for their number.",
-        "ACT is at its default settings, with the rate of the other looped models.",
+        "ACT has the rate of the other looped models; its ponder weight is the best of four on another seed, for both "
+        "arms (experiments/LOG.md, entry 13).",
         "The gate is fitted after training, on training problems, to stop where the answer no longer changes.",
     )
 
