@@ -17,7 +17,10 @@ from ritornello.lab.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ("results.jsonl", "config.json", "verdicts.json", "report.html", "README.md", "*.png")
-PICTURES = {"hops-by-loops.png": "*-depth-extrapolation/chains-hops-by-loops.png"}  # that the README shows
+PICTURES = {  # that the README shows
+    "hops-by-loops.png": "*-depth-extrapolation/chains-hops-by-loops.png",
+    "loops-by-hops.png": "*-adaptive-depth/loops-by-hops.png",
+}
 HEAD = """# Results
 
 Every claim that was tested, with its verdict; what failed stands beside what held. Each was tested at one small scale,

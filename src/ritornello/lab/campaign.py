@@ -5,9 +5,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 from ritornello import __version__, recipes
@@ -18,6 +16,7 @@ from ritornello.lab.cell import Cell
 from ritornello.lab.experiments import EXPERIMENTS
 from ritornello.lab.experiments.base import Experiment, Scale
 from ritornello.lab.measure import Row
+from ritornello.lab.processes import each_alone
 from ritornello.train import files
 
 RESULTS = "results.jsonl"
@@ -61,18 +60,8 @@ def cell_file(folder: Path, experiment: Experiment, cell: Cell) -> Path:
 def _run_all(name: str, scale: Scale, out: Path, missing: list[int], workers: int) -> Iterator[str]:
     cores = n_cores()
     workers = max(1, min(workers or cores, len(missing)))
-    # each cell in a process of its own: the peak memory of one process is that of the largest cell it ever ran
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    try:
-        threads = max(1, cores // workers)
-        futures: list[Future[str]] = [pool.submit(run_cell, name, scale, str(out), i, threads) for i in missing]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        # after a failure or Ctrl-C, a cell under way would go on for minutes; stopping the pool waits for it
-        for process in list(pool._processes.values()) if pool._processes else []:
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+    threads = max(1, cores // workers)
+    return each_alone(run_cell, [(name, scale, str(out), i, threads) for i in missing], at_once=workers)
 
 
 def run_cell(name: str, scale: Scale, out: str, index: int, threads: int) -> str:

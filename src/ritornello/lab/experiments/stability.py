@@ -212,7 +212,9 @@ def _beyond(found: Trained, trains: bool) -> Iterator[tuple[int, str, float]]:
 
 
 def _title(model: str) -> str:
-    return f"{INJECTION[model]} injection" if model in INJECTION else arms.ARMS[model].title
+    if model not in INJECTION:
+        return arms.ARMS[model].title
+    return f"{INJECTION[model]} injection".replace("none", "no")
 
 
 def _settings(found: Sequence[tuple[float, int]]) -> str:
@@ -288,7 +290,6 @@ def _loss_picture(rows: Sequence[Row]) -> Picture:
         xlabel="learning rate",
         ylabel="loss, nats",
         log_x=True,
-        log_y=True,
     )
     caption = f"Mean loss of the last {LAST} steps by learning rate at {loops} loops or layers; missing: not finite."
     return Picture(name="loss-by-learning-rate", caption=caption, image=figures.png(figure))

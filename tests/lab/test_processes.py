@@ -1,0 +1,49 @@
+"""Work in processes of their own: all of it is done, and nothing is left behind."""
+
+import os
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+
+from ritornello.lab.processes import each_alone
+
+
+def work(folder: str, name: str) -> str:
+    """What `name` asks for, and a file that says so."""
+    if name == "fail":
+        raise OSError(28, "disk full")
+    if name == "die":
+        os._exit(3)
+    if name == "sleep":
+        time.sleep(600)
+    Path(folder, name).touch()
+    return f"{name} {os.getpid()}"
+
+
+def test_each_has_a_process_of_its_own(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d"]
+    done = dict(line.split() for line in each_alone(work, [(str(tmp_path), name) for name in names], at_once=2))
+    assert sorted(done) == names == sorted(path.name for path in tmp_path.iterdir())
+    assert len({*done.values(), str(os.getpid())}) == 5
+    assert not active_children()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [("fail", OSError, "disk full"), ("die", RuntimeError, "exit code 3")],
+)
+def test_a_failure_ends_the_others(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(error, match=message):
+        list(each_alone(work, [(str(tmp_path), "sleep"), (str(tmp_path), name), (str(tmp_path), "later")], at_once=2))
+    assert time.monotonic() - start < 60 and not active_children()
+    assert not (tmp_path / "later").exists()
+
+
+def test_leaving_ends_them(tmp_path: Path) -> None:
+    lines = each_alone(work, [(str(tmp_path), "a"), (str(tmp_path), "sleep")], at_once=2)
+    assert next(lines).startswith("a ")
+    lines.close()
+    assert not active_children()
