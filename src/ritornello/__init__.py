@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from ritornello.config import DataConfig, ExitRule, ModelConfig, Recipe, TrainConfig
     from ritornello.engine.generate import Generation, Loaded, generate, load, stream
     from ritornello.model.cache import Cache
-    from ritornello.model.context import Capture, Key
+    from ritornello.model.context import Capture
     from ritornello.model.depth import Depth
     from ritornello.model.rdt import RecurrentDepthTransformer
     from ritornello.model.state import Output
+    from ritornello.ops.noise import Key
     from ritornello.presets import PRESETS, preset
 
 try:
@@ -31,10 +32,11 @@ _HOMES = {
     "config": ("DataConfig", "ExitRule", "ModelConfig", "Recipe", "TrainConfig"),
     "engine.generate": ("Generation", "Loaded", "generate", "load", "stream"),
     "model.cache": ("Cache",),
-    "model.context": ("Capture", "Key"),
+    "model.context": ("Capture",),
     "model.depth": ("Depth",),
     "model.rdt": ("RecurrentDepthTransformer",),
     "model.state": ("Output",),
+    "ops.noise": ("Key",),
     "presets": ("PRESETS", "preset"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,8 +8,8 @@ import torch
 
 from ritornello.config import ExitRule, ModelConfig
 from ritornello.model.cache import Cache
-from ritornello.model.context import Key
 from ritornello.model.depth import Depth
+from ritornello.ops.noise import Key
 from ritornello.presets import PRESETS, preset
 from tests.model.builders import build, tiny, tokens_for
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello.model.context import Capture, Key
+from ritornello.model.context import Capture
 from ritornello.model.depth import Depth
+from ritornello.ops.noise import Key
 from tests.model.builders import build, close, differ, every_kind, lively, rules_for, tokens_for
 
 T = 5

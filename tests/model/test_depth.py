@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ritornello.config import ExitRule
 from ritornello.model.cache import Passing
-from ritornello.model.context import Key, build_context
+from ritornello.model.context import build_context
 from ritornello.model.depth import Depth
 from ritornello.model.halting import LEARNED_RULES
 from ritornello.model.rdt import RecurrentDepthTransformer, Run
 from ritornello.ops.loss import linear_cross_entropy
+from ritornello.ops.noise import Key
 from tests.model.builders import (
     build,
     close,
@@ -189,7 +190,7 @@ def test_right_aligned_runs_no_row_before_its_turn() -> None:
     depth = Depth.right_aligned([2, 5, 1, 5])
     assert depth.n_iterations == 5 and depth.sizes == (2, 2, 2, 3, 4)
     assert depth.order.tolist() == [1, 3, 0, 2]
-    assert depth.loop(3, 3).flatten().tolist() == [3, 3, 0]
+    assert depth.turn(3, 3).loop.flatten().tolist() == [3, 3, 0]
     model = build({})
     states = model(tokens_for(model.config, 4, T), n_loops=depth, trajectory=True).trajectory
     assert [len(state.h) for state in states] == [2, 2, 2, 3, 4]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ritornello.config import ModelConfig
 from ritornello.model.carry import initial_state
-from ritornello.model.context import Context, Key, dropout
-from ritornello.ops.noise import fold, normal, uniform
+from ritornello.model.context import Context, dropout
+from ritornello.ops.noise import Key, fold, normal, uniform
 from tests.model.builders import differ
 
 MASK = 2**64 - 1

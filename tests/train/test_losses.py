@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ritornello.config import TrainConfig
-from ritornello.model.context import Key
 from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops.noise import Key
 from ritornello.train import losses
 from ritornello.train.losses import Inputs, Shares, linear_kl, total_loss, weights
 from tests.train.small import batch, model_config, train_config

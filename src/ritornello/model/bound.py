@@ -22,6 +22,7 @@ from ritornello.model.layers import Layer
 from ritornello.model.lora import Linear
 from ritornello.model.moe import FeedForward, MixtureOfExperts
 from ritornello.model.norm import RMSNorm
+from ritornello.ops.norms import spectral_norm, swiglu_norm
 
 if TYPE_CHECKING:
     from ritornello.model.rdt import RecurrentDepthTransformer
@@ -84,19 +85,18 @@ def attention_bound(attention: Attention, x: float) -> float:
     if isinstance(attention, GroupedQueryAttention):
         c = attention.config
         values = attention.v_proj.weight.unflatten(0, (c.n_kv_heads, -1))
-        per_head = _spectral(values).repeat_interleave(c.n_heads // c.n_kv_heads)
+        per_head = spectral_norm(values).repeat_interleave(c.n_heads // c.n_kv_heads)
     else:
         assert isinstance(attention, LatentAttention)
         c = attention.config
         values = attention.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))[:, c.qk_nope_head_dim :]
-        per_head, x = _spectral(values), norm_bound(attention.kv_a_layernorm)
-    return float(per_head.norm()) * x * float(_spectral(_merged(attention.o_proj)).max())
+        per_head, x = spectral_norm(values), norm_bound(attention.kv_a_layernorm)
+    return float(per_head.norm()) * x * float(spectral_norm(_merged(attention.o_proj)).max())
 
 
 def feed_forward_bound(mlp: FeedForward, x: float) -> float:
-    """|silu(a)| ≤ |a|, so ‖silu(Gx) · Ux‖ ≤ min(‖G‖ max row U, max row G ‖U‖) ‖x‖²; then down_proj."""
     gate, up, down = (_merged(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    return float(_swiglu(gate, up, down).max()) * x**2
+    return float(swiglu_norm(gate, up, down).max()) * x**2
 
 
 def mixture_bound(mlp: MixtureOfExperts, x: float) -> float:
@@ -104,19 +104,8 @@ def mixture_bound(mlp: MixtureOfExperts, x: float) -> float:
     c = mlp.config
     gate, up = mlp.experts.gate_up_proj.chunk(2, 1)
     total = c.router_scale * (1 if c.normalize_expert_weights else c.n_active_experts)
-    routed = total * float(_swiglu(gate, up, mlp.experts.down_proj).max()) * x**2
+    routed = total * float(swiglu_norm(gate, up, mlp.experts.down_proj).max()) * x**2
     return routed + (feed_forward_bound(mlp.shared_experts, x) if mlp.shared_experts is not None else 0.0)
-
-
-def _swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    rows = lambda w: w.float().norm(dim=-1).amax(-1)  # noqa: E731
-    product = torch.minimum(_spectral(gate) * rows(up), rows(gate) * _spectral(up))
-    return product * _spectral(down)
-
-
-def _spectral(w: Tensor) -> Tensor:
-    """Largest singular value of (..., m, n)."""
-    return torch.linalg.matrix_norm(w.to(torch.promote_types(w.dtype, torch.float32)), 2)
 
 
 def _merged(linear: Linear) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, CachePolicy, ModelConfig, require, require_choice, require_int
 from ritornello.model.context import Loop
+from ritornello.model.depth import Turn
+from ritornello.ops.subset import Subset
 
 
 class KeyValues(ABC):
@@ -42,6 +44,17 @@ class Passing(KeyValues):
                 entry = torch.where(running[..., None], entry, old)
         self.entries[layer] = entry
         return entry
+
+
+class Within(KeyValues):
+    """The storage of a batch, for a pass of some of its tokens."""
+
+    def __init__(self, kv: KeyValues, some: Subset, whole: Turn) -> None:
+        self.kv, self.some, self.whole = kv, some, whole
+
+    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
+        blank = entry.new_zeros(*self.some.shape, entry.shape[-1])
+        return self.kv.put(layer, self.whole.loop, self.some.put(blank, entry), self.whole.running)[self.some.rows]
 
 
 class Cache(KeyValues):
@@ -99,8 +112,9 @@ class Cache(KeyValues):
         self.new_documents = documents
         return documents
 
-    def start_loop(self, loop: int, running: Tensor | None) -> None:
+    def start_loop(self, loop: Loop, running: Tensor | None) -> None:
         """Called before each loop: note how deep the new tokens have come."""
+        assert isinstance(loop, int), "this cache moves all sequences through the loops together"
         require(self.policy != "per_loop" or loop < self.n_slots, "cache", f"{self.n_slots} loops", f"> {loop} loops")
         self.n_run = loop + 1
         now = self.last[:, self.length : self.length + self.n_new]

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ritornello.model.context import Context, Key
+from ritornello.model.context import Context
 from ritornello.model.injection import at_least_float32
-from ritornello.ops.noise import fold, normal
+from ritornello.ops.noise import Key, fold, normal
 
 
 def initial_state(kind: str, e: Tensor, context: Context) -> Tensor:

@@ -6,42 +6,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ritornello.config import ModelConfig, require, require_int
+from ritornello.config import ModelConfig, require
 from ritornello.ops.attention import rotary_tables
-from ritornello.ops.noise import fold, uniform
+from ritornello.ops.noise import Key, fold, uniform
+from ritornello.ops.subset import Subset
 
 if TYPE_CHECKING:
     from ritornello.model.cache import Cache
 
 Loop = int | Tensor  # a loop index: one for all tokens, or (B, 1) by sequence, or (B, T) by token
-
-
-@dataclass(frozen=True)
-class Key:
-    """The address of a forward pass's randomness: the same for a sequence in any batch, on any rank.
-
-    `sequences` (B,) int64 are global sequence ids; None: all sequences draw the same noise, as at inference.
-    """
-
-    seed: int = 0
-    step: int = 0
-    sequences: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        require_int("key.seed", self.seed, 0, 2**63 - 1)
-        require_int("key.step", self.step, 0, 2**63 - 1)
-
-    def fold(self, positions: Tensor, *counters: Loop) -> Tensor:
-        """An int64 key (B, T) for each position, distinct for distinct `counters`."""
-        key = fold(fold(torch.full_like(positions[:1, :1], self.seed), self.step), positions)
-        if self.sequences is not None:
-            key = fold(key, self.sequences.to(positions.device)[:, None])
-        for counter in counters:
-            key = fold(key, counter)
-        return key
-
-    def select(self, rows: Tensor | slice) -> "Key":
-        return self if self.sequences is None else replace(self, sequences=self.sequences[rows])
 
 
 @dataclass
@@ -81,6 +54,18 @@ class Context:
             rope=None if self.rope is None else (self.rope[0][rows], self.rope[1][rows]),
             key=None if self.key is None else self.key.select(rows),
         )
+
+    def take(self, some: Subset) -> "Context":
+        """The same for some tokens, which see what they saw among all."""
+        mask, (m, length) = self.mask, self.positions.shape
+        if mask is None and length > 1:
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.positions.device).tril()
+        if mask is not None:
+            mask = mask.expand(m, -1, -1, -1)[some.rows[:, None], 0, some.tokens][:, None]
+        rope = None if self.rope is None else (some.take(self.rope[0]), some.take(self.rope[1]))
+        positions, documents = some.take(self.positions), some.take(self.documents)
+        key = None if self.key is None else self.key.select(some.rows)
+        return Context(positions, documents, mask, rope, key, self.capture)
 
     def real(self) -> Tensor | None:
         """(B, T) bool, False at padding; None: no padding."""

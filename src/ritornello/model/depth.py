@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, require, require_int
 from ritornello.model.context import Loop
+from ritornello.ops.subset import Subset
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,34 @@ class Depth:
         """How many rows run in this iteration."""
         return batch if self.sizes is None else self.sizes[iteration]
 
-    def loop(self, iteration: int, rows: int) -> Loop:
-        """The loop index of each token: an int, or (rows, 1) or (rows, T)."""
-        return iteration if self.starts is None else (iteration - self.starts[:rows]).clamp(min=0)
-
-    def running(self, iteration: int, rows: int) -> Tensor | None:
-        """(rows, 1) or (rows, T) bool: tokens within their budget; None: all of them."""
+    def turn(self, iteration: int, rows: int, halted: Tensor | None = None) -> "Turn":
+        """Who does what in this iteration, given who has `halted` (rows, T) before its budget ended."""
+        loop, running, last = iteration, None, iteration == self.n_iterations - 1
+        if self.starts is not None:
+            loop = (iteration - self.starts[:rows]).clamp(min=0)
+            running = None if self.starts.shape[1] == 1 else iteration >= self.starts[:rows]
         if self.budgets is not None:
-            return iteration < self.budgets[:rows]
-        if self.starts is None or self.starts.shape[1] == 1:
-            return None
-        return iteration >= self.starts[:rows]
+            running, last = iteration < self.budgets[:rows], iteration == self.budgets[:rows] - 1
+        if halted is not None:
+            running = ~halted if running is None else running & ~halted
+        return Turn(loop, running, last)
 
-    def is_last(self, iteration: int, rows: int) -> Tensor | bool:
-        """Whether this is the last loop of each token's budget."""
-        if self.budgets is None:
-            return iteration == self.n_iterations - 1
-        return iteration == self.budgets[:rows] - 1
+
+@dataclass(frozen=True)
+class Turn:
+    """One iteration: the loop index of each token; who runs, (rows, 1 or T), None: all; whose last loop it is.
+
+    `within`: these are some tokens of a larger batch, whose own turn this is.
+    """
+
+    loop: Loop
+    running: Tensor | None
+    last: Tensor | bool
+    within: "tuple[Subset, Turn] | None" = None
+
+    def take(self, some: Subset) -> "Turn":
+        pick = lambda x: some.take(x) if isinstance(x, Tensor) else x  # noqa: E731
+        return Turn(pick(self.loop), some.running, pick(self.last), (some, self))
 
 
 def _check_budgets(whole: bool, low: int, high: int) -> None:

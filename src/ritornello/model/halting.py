@@ -3,7 +3,7 @@ would be computed otherwise than the whole; so predictions are read through a pr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ritornello.model.context import Loop
 from ritornello.model.injection import at_least_float32
 from ritornello.model.lora import Linear
 from ritornello.model.norm import RMSNorm
+from ritornello.ops.subset import Subset
 
 
 class Probe(nn.Module):
@@ -135,6 +136,14 @@ class HaltState:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         joined: list[Any] = [None if mine is None else torch.cat((mine, new)) for mine, new in pairs]
         return HaltState(*joined)
+
+    def take(self, some: Subset) -> "HaltState":
+        return HaltState(*(some.take(getattr(self, f.name)) for f in fields(self)))
+
+    def put(self, some: Subset, new: "HaltState") -> "HaltState":
+        """What the others have stays, but that a loop they do not run weighs nothing."""
+        old = replace(self, weight=torch.zeros_like(self.weight))
+        return HaltState(*(some.put(getattr(old, f.name), getattr(new, f.name)) for f in fields(self)))
 
 
 def check_exit(config: ModelConfig, rule: ExitRule | None) -> None:

@@ -5,23 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ritornello.model.context import Loop
-
-
-def low_rank(x: Tensor, down: Tensor, up: Tensor, loop: Loop) -> Tensor:
-    """up[loop] · down[loop] · x for (B, T, in), with down (L, r, in), up (L, out, r).
-
-    One loop index for all tokens takes one slice, one per sequence a batched product. One per token multiplies by all
-    L slices and keeps the token's own: L·r columns are few, and nothing is sorted.
-    """
-    if isinstance(loop, int):
-        return F.linear(F.linear(x, down[loop]), up[loop])
-    if loop.shape[1] == 1:
-        index = loop[:, 0]
-        return torch.bmm(torch.bmm(x, down[index].transpose(1, 2)), up[index].transpose(1, 2))
-    n_loops, rank, _ = down.shape
-    own = F.one_hot(loop, n_loops).to(x.dtype)[..., None]
-    hidden = F.linear(x, down.flatten(0, 1)).unflatten(-1, (n_loops, rank)) * own
-    return F.linear(hidden.flatten(-2), up.transpose(0, 1).flatten(1))
+from ritornello.ops.lora import low_rank
 
 
 class Linear(nn.Module):

@@ -11,6 +11,7 @@ from ritornello.model.attention import lora_options
 from ritornello.model.context import Loop
 from ritornello.model.lora import Linear
 from ritornello.ops.experts import experts
+from ritornello.ops.routing import balance_loss, limit_groups
 
 
 class FeedForward(nn.Module):
@@ -60,22 +61,12 @@ class Router(nn.Module):
         bias = self.e_score_correction_bias
         bias = bias[table] if c.router_bias_per_loop else bias
         choice = (scores if c.router_score == "sigmoid" else logits).detach() + bias
-        indices = self._limit_groups(choice).topk(c.n_active_experts, -1, sorted=False).indices
+        choice = limit_groups(choice, c.n_expert_groups, c.n_active_groups)
+        indices = choice.topk(c.n_active_experts, -1, sorted=False).indices
         weights = scores.gather(-1, indices)
         if c.normalize_expert_weights:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return indices, weights * c.router_scale, scores
-
-    def _limit_groups(self, choice: Tensor) -> Tensor:
-        """Only the experts of the best groups, a group rated by its two best experts."""
-        c = self.config
-        if c.n_active_groups == c.n_expert_groups:
-            return choice
-        grouped = choice.unflatten(-1, (c.n_expert_groups, -1))
-        rating = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
-        best = rating.topk(c.n_active_groups, -1).indices
-        allowed = torch.zeros_like(rating, dtype=torch.bool).scatter(-1, best, True)
-        return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
 
 class Experts(nn.Module):
@@ -108,16 +99,8 @@ class MixtureOfExperts(nn.Module):
         y = self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view(x.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, table)
-        return y, Routed(indices, self._balance(indices, scores, masks))
-
-    def _balance(self, indices: Tensor, scores: Tensor, masks: list[Tensor]) -> Tensor:
-        """Sequence-level balance loss (eq. 17-20), 1 at perfect balance, mean over sequences."""
-        if not (self.training and torch.is_grad_enabled()):
-            return scores.new_zeros(())
-        c = self.config
-        mask = math.prod((mask[..., None] for mask in masks), start=torch.ones_like(scores[..., :1]))
-        n_tokens = mask.sum(1).clamp(min=1)
-        chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
-        frequency = chosen.sum(1) * (c.n_experts / c.n_active_experts) / n_tokens
-        probability = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / n_tokens
-        return (frequency * probability).sum(-1).mean()
+        balance = scores.new_zeros(())
+        if self.training and torch.is_grad_enabled():
+            mask = math.prod((mask[..., None] for mask in masks), start=torch.ones_like(scores[..., :1]))
+            balance = balance_loss(indices, scores, mask)
+        return y, Routed(indices, balance)

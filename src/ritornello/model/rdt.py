@@ -19,18 +19,20 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ritornello.config import MAX_LOOPS, ExitRule, ModelConfig, require, require_int
 from ritornello.model.bound import state_bound
-from ritornello.model.cache import Cache, KeyValues, Passing
+from ritornello.model.cache import Cache, KeyValues, Passing, Within
 from ritornello.model.carry import HyperConnections, SingleStream, initial_state
-from ritornello.model.context import Capture, Context, Key, Loop, build_context
-from ritornello.model.depth import Depth
+from ritornello.model.context import Capture, Context, Loop, build_context
+from ritornello.model.depth import Depth, Turn
 from ritornello.model.halting import ActHead, Halting, Probe, Signals, check_exit
 from ritornello.model.initialize import initialize
 from ritornello.model.injection import INJECTIONS
 from ritornello.model.layers import Layer, Pass
 from ritornello.model.lora import Linear
-from ritornello.model.moe import MixtureOfExperts, Routed
+from ritornello.model.moe import Routed
 from ritornello.model.norm import RMSNorm
 from ritornello.model.state import LoopState, Output, Routing
+from ritornello.ops.noise import Key
+from ritornello.ops.subset import Subset
 
 
 def _table(n: int, dim: int) -> nn.Embedding:
@@ -48,6 +50,7 @@ class Run:
     backprop_loops: int = 0
     checkpoint: bool = False
     weigh: bool = False
+    compact: bool = False
 
     def __post_init__(self) -> None:
         cut = 0 < self.backprop_loops < self.depth.n_iterations
@@ -202,12 +205,21 @@ class RecurrentDepthTransformer(nn.Module):
                 return
 
     def _advance(self, state: LoopState, e: Tensor, context: Context, iteration: int, run: Run) -> LoopState:
-        """One loop with everything around it: who runs, who stays frozen, who stops now."""
-        depth, m = run.depth, len(e)
-        loop, running = depth.loop(iteration, m), depth.running(iteration, m)
-        if state.halt is not None and run.exit is not None:
-            running = ~state.halt.halted if running is None else running & ~state.halt.halted
-        h, routed, entries = self._block(state, e, loop, context, running, run)
+        """One loop: who runs, who stays frozen; compacted, those who stay leave the batch."""
+        halted = None if state.halt is None or run.exit is None else state.halt.halted
+        turn = run.depth.turn(iteration, len(e), halted)
+        if run.cache is not None:
+            run.cache.start_loop(turn.loop, turn.running)
+        some = Subset.of(turn.running, e.shape[1]) if run.compact and turn.running is not None else None
+        if some is None:
+            return self._step(state, e, context, turn, run)
+        new = self._step(state.take(some), some.take(e), context.take(some), turn.take(some), run)
+        return state.put(some, new, turn)
+
+    def _step(self, state: LoopState, e: Tensor, context: Context, turn: Turn, run: Run) -> LoopState:
+        """The block with everything around it, and who stops now."""
+        running = turn.running
+        h, routed, entries = self._block(state, e, context, turn, run)
         if running is not None:
             h = torch.where(running.view(*running.shape, *[1] * (h.ndim - 2)), h, state.h)
         halt = None
@@ -215,25 +227,25 @@ class RecurrentDepthTransformer(nn.Module):
             merged, before = self.carry.mean(h), self.carry.mean(state.h)
             signals = Signals(merged, before, self._predict(merged, run.exit), state.halt.log_probs)
             idle = state.halt.halted if running is None else state.halt.halted | ~running
-            halt = self.halting.step(state.halt, signals, run.exit, loop, idle, depth.is_last(iteration, m))
+            halt = self.halting.step(state.halt, signals, run.exit, turn.loop, idle, turn.last)
         if context.capture is not None:
-            context.capture.add("h", loop, h)
+            context.capture.add("h", turn.loop, h)
         used = state.loops_used + (1 if running is None else running.to(torch.int64))
-        freezes = running is not None or run.exit is not None or self.config.kv_sharing == "first"
-        return LoopState(h, used, state.rows, loop, running, routed, entries if freezes else None, halt)
+        partial = running is not None or turn.within is not None
+        kept = entries if partial or run.exit is not None or self.config.kv_sharing == "first" else None
+        return LoopState(h, used, state.rows, turn.loop, running, routed, kept, halt)
 
     def _block(
-        self, state: LoopState, e: Tensor, loop: Loop, context: Context, running: Tensor | None, run: Run
+        self, state: LoopState, e: Tensor, context: Context, turn: Turn, run: Run
     ) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor] | None]:
         """`loop_once` with its keys and values: in the cache, or handed on from loop to loop as a value."""
+        view = lambda kv: kv if turn.within is None else Within(kv, *turn.within)  # noqa: E731
         if run.cache is not None:
-            assert isinstance(loop, int)
-            run.cache.start_loop(loop, running)
-            return *self.loop_once(state.h, e, loop, context, run.cache, running), None
+            return *self.loop_once(state.h, e, turn.loop, context, view(run.cache), turn.running), None
 
         def block(h: Tensor, e: Tensor) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor]]:
             kv = Passing(state.entries, share_first=self.config.kv_sharing == "first")
-            h, routed = self.loop_once(h, e, loop, context, kv, running)
+            h, routed = self.loop_once(h, e, turn.loop, context, view(kv), turn.running)
             return h, routed, kv.entries
 
         if run.checkpoint and torch.is_grad_enabled():
@@ -256,6 +268,7 @@ class RecurrentDepthTransformer(nn.Module):
         checkpoint: bool = False,
         trajectory: bool = False,
         weigh: bool = False,
+        compact: bool | None = None,
         return_logits: bool = True,
     ) -> Output:
         """Predict the next token of every position.
@@ -272,6 +285,8 @@ class RecurrentDepthTransformer(nn.Module):
             checkpoint: recompute each loop in the backward pass instead of keeping its activations.
             trajectory: keep the state after each loop.
             weigh: let the halting head weigh each loop, exit rule or not (act: always).
+            compact: leave tokens that have halted out of the block, at one count a loop; None: where that waits for no
+                device and nothing is captured.
         Raises:
             ValueError: an argument out of range, naming it.
         """
@@ -286,7 +301,8 @@ class RecurrentDepthTransformer(nn.Module):
         if not self.config.is_plain:
             out.trajectory = [] if trajectory else None
             weigh = weigh or self.config.halting == "act"
-            h = self._recur(h, context, Run(depth, cache, exit, backprop_loops, checkpoint, weigh), out)
+            compact = (x.device.type == "cpu" if compact is None else compact) and capture is None
+            h = self._recur(h, context, Run(depth, cache, exit, backprop_loops, checkpoint, weigh, compact), out)
         out.hidden = self.coda(h, context, kv)
         if cache is not None:
             cache.commit()
@@ -350,18 +366,3 @@ class RecurrentDepthTransformer(nn.Module):
         length = x.shape[1] + (cache.length if cache is not None else 0)
         require(length <= c.max_seq_len, "tokens", f"{length} positions", f"at most max_seq_len = {c.max_seq_len}")
         return x
-
-    @torch.no_grad()
-    def update_router_bias(self, load: Tensor, *, rate: float, min_tokens: int = 0) -> None:
-        """Raise the selection bias of experts below the mean load by `rate`, lower the others' (2412.19437 §2.1.2).
-
-        load: (n_loops, R, E) of one optimizer step, summed over micro-batches and ranks. With a bias per loop, loops
-        that saw fewer than `min_tokens` tokens keep theirs.
-        """
-        for layer, counts in zip(self.recurrent, load.unbind(1), strict=True):
-            assert isinstance(layer, Layer) and isinstance(layer.mlp, MixtureOfExperts)
-            counts = counts.float() if self.config.router_bias_per_loop else counts.float().sum(0)
-            step = rate * (counts.mean(-1, keepdim=True) - counts).sign()
-            if self.config.router_bias_per_loop:
-                step = step * (counts.sum(-1, keepdim=True) >= min_tokens * self.config.n_active_experts)
-            layer.mlp.router.e_score_correction_bias += step

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ritornello.model.context import Loop
+from ritornello.model.depth import Turn
 from ritornello.model.halting import HaltState
 from ritornello.model.moe import Routed
+from ritornello.ops.subset import Subset
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,25 @@ class LoopState:
             entries=entries,
             halt=None if self.halt is None or other.halt is None else self.halt.join(other.halt),
         )
+
+    def take(self, some: Subset) -> "LoopState":
+        """The state of some tokens; `entries` remain those of all."""
+        halt = None if self.halt is None else self.halt.take(some)
+        return LoopState(
+            some.take(self.h), some.take(self.loops_used), self.rows[some.rows], entries=self.entries, halt=halt
+        )
+
+    def put(self, some: Subset, new: "LoopState", turn: Turn) -> "LoopState":
+        """This state after `turn`, which some of its tokens have run."""
+        share = len(some.rows) / len(self.rows)  # the loss is a mean over sequences
+        nowhere = self.loops_used.new_zeros(*self.loops_used.shape, 1)
+        routed = tuple(
+            Routed(some.put(nowhere.expand(-1, -1, r.indices.shape[-1]), r.indices), r.balance * share)
+            for r in new.routed
+        )
+        halt = None if self.halt is None or new.halt is None else self.halt.put(some, new.halt)
+        h, used = some.put(self.h, new.h), some.put(self.loops_used, new.loops_used)
+        return LoopState(h, used, self.rows, turn.loop, turn.running, routed, new.entries, halt)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ arithmetic modulo 2**64 is exactly that of int64 with wrap-around, on every devi
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ritornello.config import require_int
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -38,3 +41,31 @@ def uniform(key: Tensor) -> Tensor:
 def normal(key: Tensor) -> Tensor:
     """Standard normal float32, one for each key, by inversion."""
     return math.sqrt(2) * torch.erfinv(2 * uniform(key) - 1)
+
+
+@dataclass(frozen=True)
+class Key:
+    """The address of a forward pass's randomness: the same for a sequence in any batch, on any rank.
+
+    `sequences` (B,) int64 are global sequence ids; None: all sequences draw the same noise, as at inference.
+    """
+
+    seed: int = 0
+    step: int = 0
+    sequences: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require_int("key.seed", self.seed, 0, 2**63 - 1)
+        require_int("key.step", self.step, 0, 2**63 - 1)
+
+    def fold(self, positions: Tensor, *counters: Tensor | int) -> Tensor:
+        """An int64 key (B, T) for each position, distinct for distinct `counters`."""
+        key = fold(fold(torch.full_like(positions[:1, :1], self.seed), self.step), positions)
+        if self.sequences is not None:
+            key = fold(key, self.sequences.to(positions.device)[:, None])
+        for counter in counters:
+            key = fold(key, counter)
+        return key
+
+    def select(self, rows: Tensor | slice) -> "Key":
+        return self if self.sequences is None else replace(self, sequences=self.sequences[rows])

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ritornello.config import ModelConfig, TrainConfig, require
 from ritornello.model.cache import Passing
-from ritornello.model.context import Key
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.model.state import LoopState, Output
 from ritornello.ops.loss import CHUNK_NUMBERS, linear_cross_entropy
+from ritornello.ops.noise import Key
 from ritornello.train.data import NO_LABEL
 
 PROBE_STRIDE = 4

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ritornello.config import TrainConfig, default_exit
-from ritornello.model.context import Key
 from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops.noise import Key
 from ritornello.train import depth, losses
 from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.optim import set_learning_rate
+from ritornello.train.router import update_router_bias
 from ritornello.train.schedule import learning_rate_scale, router_bias_rate
 
 PROBE_STREAM = 1  # of the host's random numbers; 0 draws the depths
@@ -97,7 +98,7 @@ def train_step(
         optimizer.step()
     rate = router_bias_rate(train, step)
     if load is not None and rate:
-        model.update_router_bias(load, rate=rate, min_tokens=train.router_bias_min_tokens)
+        update_router_bias(model, load, rate=rate, min_tokens=train.router_bias_min_tokens)
     metrics: dict[str, Tensor | float] = {"loss": terms.pop("next_token"), "lr": train.lr * scale, "grad_norm": norm}
     if not model.config.is_plain:
         metrics["mean_loops"] = float(plan.counts.mean())

@@ -1,0 +1,27 @@
+"""Who may be chosen, and how evenly experts are (DeepSeek-V3 2412.19437, §2.1.2)."""
+
+import torch
+from torch import Tensor
+
+
+def limit_groups(choice: Tensor, n_groups: int, n_active: int) -> Tensor:
+    """choice (..., E), with -inf outside the best `n_active` of `n_groups` groups, a group rated by its two best."""
+    if n_active == n_groups:
+        return choice
+    grouped = choice.unflatten(-1, (n_groups, -1))
+    rating = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    best = rating.topk(n_active, -1).indices
+    allowed = torch.zeros_like(rating, dtype=torch.bool).scatter(-1, best, True)
+    return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+
+
+def balance_loss(indices: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """Sequence-level balance loss (eq. 17-20), 1 at perfect balance, mean over sequences.
+
+    indices (B, T, k): the chosen experts; scores (B, T, E); mask (B, T, 1): 1 for tokens that count.
+    """
+    n_tokens = mask.sum(1).clamp(min=1)
+    chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
+    frequency = chosen.sum(1) * (scores.shape[-1] / indices.shape[-1]) / n_tokens
+    probability = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / n_tokens
+    return (frequency * probability).sum(-1).mean()
