@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ritornello.ops import attention as ops
 from ritornello.ops.attention import attention, attention_ref, rotary_tables, rotate
 from tests.model.builders import close, differ
 
@@ -30,8 +31,11 @@ def case(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     return q, k, v, mask
 
 
+@pytest.mark.parametrize("block", [2, 256])
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_its_definition(name: str) -> None:
+def test_equals_its_definition(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries of a mask in one block, or in several, each over the keys that it may see."""
+    monkeypatch.setattr(ops, "BLOCK", block)
     q, k, v, mask = case(name)
     results = []
     for function in (attention, attention_ref):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 256  # queries that share a span of keys, where a mask hides some
+
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
     """Defines `attention`: explicit scores, explicit softmax. Same shapes."""
@@ -27,9 +29,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: fl
         (B, H, T, M)
     """
     assert mask is not None or q.shape[-2] in (1, k.shape[-2]), "a chunk that follows cached tokens needs its mask"
+    if mask is not None and q.shape[-2] > BLOCK and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _by_blocks(q, k, v, mask, scale)
     causal = mask is None and q.shape[-2] > 1
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Each block of queries over the span of keys that one of them may see: the kernel computes what a mask hides."""
+    parts = []
+    for queries, seen in zip(q.split(BLOCK, -2), mask.split(BLOCK, -2), strict=True):
+        first, last = (int(i) for i in seen.flatten(0, -2).any(0).nonzero().aminmax())
+        span = slice(first, last + 1)
+        parts.append(attention(queries, k[..., span, :], v[..., span, :], mask=seen[..., span], scale=scale))
+    return torch.cat(parts, -2)
 
 
 def rotary_tables(positions: Tensor, *, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class AdaptiveDepth(TrainedExperiment):
     )
     budget: ClassVar = {
         "quick": "4 minutes on 2 cores",
-        "full": "about 1 core-hour beyond depth-extrapolation, whose models it uses",
+        "full": "about half a core-hour beyond depth-extrapolation, whose models it uses",
     }
     notes = (
         "Depth mask: in training a looped model is asked only those questions that its layers can reach.",
