@@ -58,10 +58,10 @@ class Context:
     def take(self, some: Subset) -> "Context":
         """The same for some tokens, which see what they saw among all."""
         mask, (m, length) = self.mask, self.positions.shape
-        if mask is None and length > 1:
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.positions.device).tril()
         if mask is not None:
             mask = mask.expand(m, -1, -1, -1)[some.rows[:, None], 0, some.tokens][:, None]
+        elif length > 1:
+            mask = some.tokens[:, None, :, None] >= torch.arange(length, device=some.tokens.device)
         rope = None if self.rope is None else (some.take(self.rope[0]), some.take(self.rope[1]))
         positions, documents = some.take(self.positions), some.take(self.documents)
         key = None if self.key is None else self.key.select(some.rows)
