@@ -27,8 +27,14 @@ Every claim that was tested, with its verdict; what failed stands beside what he
 which its row names, by a rule that its page states ([how](docs/lab.md)). `experiments/` holds the rows behind each
 figure. A page whose campaign is under way says how many of its cells are finished, and decides nothing before all are.
 
-| claim | verdict | at which scale | evidence | experiment |
-|---|---|---|---|---|
+The *article model* has all that the article names: prelude, experts, LTI injection, LoRA, halting, coda; the *smallest
+looped model* one dense layer and a gate. *Depth mask*: in training a question is asked only if the loops can reach it.
+*Beyond*: 6 to 20 hops. *Hazard*: a gate's probability of stopping now; *KL*: how much the prediction changes from loop
+to loop; *cumulative*: ACT's probabilities added up. *ρ*: Spearman's, of loops used and hops needed. *lti*, *linear*,
+*add*, *none*: how the input comes back. In brackets: seed by seed.
+
+| claim | verdict | at which scale | evidence | test | experiment |
+|---|---|---|---|---|---|
 """
 
 
@@ -67,7 +73,8 @@ def publish(name: str, folder: Path, day: str) -> Path:
 
 def row(verdict: dict[str, str], folder: str, command: str) -> str:
     link = f"[{folder}](experiments/{folder}/README.md), `{command}`"
-    cells = (verdict["claim"], f"**{verdict['outcome']}**", verdict["scale"], verdict["evidence"], link)
+    said = (verdict[name] for name in ("scale", "evidence", "test"))
+    cells = (verdict["claim"], f"**{verdict['outcome']}**", *said, link)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

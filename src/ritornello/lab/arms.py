@@ -72,7 +72,7 @@ ARTICLE: dict[str, Any] = {
 }
 NONE: Mapping[str, Any] = {}
 PLAIN: dict[str, Any] = {"n_recurrent_layers": 0, "halting": "none"}
-PONDER: dict[str, Any] = {"ponder_weight": 3e-3}  # the best of four for both ACT arms: experiments/LOG.md, entry 13
+PONDER: dict[str, Any] = {"ponder_weight": 3e-3}  # of ACT: experiments/LOG.md, entry 13
 ONE_LOOP: dict[str, Any] = {"lr": 1e-3, "depth": "fixed", "min_loops": 1, "max_loops": 1, "mean_loops": 1.0}
 
 

@@ -81,7 +81,11 @@ def config(experiment: Experiment, scale: Scale, cells: list[Cell]) -> str:
     """config.json: everything that the results depend on."""
     import torch
 
-    machine = {"platform": platform.platform(), "cores": n_cores(), "python": platform.python_version()}
+    machine = {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": n_cores(),
+        "python": platform.python_version(),
+    }
     versions = {"ritornello": __version__, "torch": torch.__version__}
     what = {
         "experiment": experiment.name,

@@ -81,6 +81,7 @@ def heat_maps(maps: Sequence[HeatMap], *, train_hops: int, train_loops: int, tit
     require(len(maps) > 0, "maps", maps, "at least one")
     rows, mesh, y = _fill_rows(maps), None, 0.0
     width = max(sum(panel.width + GAP for panel in row) for row in rows) + LEFT - GAP + BAR
+    width = max(width, 0.3 + 0.09 * len(title))
     height = len(rows) * (HEIGHT + TOP + BOTTOM) + 0.6
     figure = Figure(figsize=(width, height))
     place = lambda x, y, w: figure.add_axes((x / width, y / height, w / width, HEIGHT / height))  # noqa: E731

@@ -76,6 +76,11 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     return "holds"
 
 
+def listed(values: Sequence[float]) -> str:
+    """Each seed's"""
+    return " ".join(f"{value:.2f}" for value in values)
+
+
 def shown(values: Sequence[float]) -> str:
     """mean ± sd over seeds"""
     found = summarise(values)

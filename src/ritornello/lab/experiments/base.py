@@ -15,7 +15,8 @@ Scale = Literal["quick", "full"]
 
 
 class Experiment(ABC):
-    """`rules` say in words what `judge` computes, and are written before the results that they judge."""
+    """`rules` say in words what `judge` computes, and are written before the results that they judge; `notes` say what
+    was changed later."""
 
     name: str
     title: str

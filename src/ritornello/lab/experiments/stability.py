@@ -60,10 +60,10 @@ class Stability(Experiment):
             "Else, or under 3 seeds, inconclusive."
         ),
         "bounded": (
-            "A check of the code more than of the claim: with lti it follows from the equations. Holds: in every lti "
-            "cell of one dense layer that trained, at 8 to 64 times the training depth, the largest state of any token "
-            "is finite and at most state_bound(), and rho(A) < 1 at every measurement. Else it does not hold; under "
-            "3 seeds, or where nothing trained, inconclusive."
+            "A check of the code more than of the claim, for with lti it follows from the equations, and the bound "
+            "is wide. Holds: in every lti cell of one dense layer that trained, at 8 to 64 times the training depth, "
+            "the largest state of any token is finite and at most state_bound(), and rho(A) < 1 at every "
+            "measurement. Else it does not hold; under 3 seeds, or where nothing trained, inconclusive."
         ),
     }
     sources = (
