@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, training
+from benchmarks import depth, machine, training
 from ritornello.config import pick
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,7 +24,12 @@ def train_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
                 yield from training.rows(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
 
 
-THEMES: dict[str, Callable[[int, dict[str, float]], Iterator[Row]]] = {"training": train_themes}
+def depth_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
+    for attention in ("gqa", "mla"):
+        yield from depth.rows("S1", attention, n=n)
+
+
+THEMES: dict[str, Callable[[int, dict[str, float]], Iterator[Row]]] = {"training": train_themes, "depth": depth_themes}
 
 
 def main() -> int:

@@ -34,14 +34,16 @@ def experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weigh
 class _Sorted:
     """The (token, choice) pairs in order of their expert, and the way back."""
 
-    def __init__(self, indices: Tensor, n_experts: int) -> None:
+    def __init__(self, indices: Tensor) -> None:
         flat = indices.flatten()
         self.order = flat.argsort(stable=True)
         self.expert = flat[self.order]
         self.token = self.order // indices.shape[1]
-        experts = torch.arange(n_experts, device=flat.device)
-        self.ends = torch.searchsorted(self.expert, experts, right=True)  # bincount would wait for a GPU
-        self.counts = self.ends.diff(prepend=self.ends.new_zeros(1))
+
+    def ends(self, n_experts: int) -> Tensor:
+        """(E,) int32: where the pairs of each expert end."""
+        experts = torch.arange(n_experts, device=self.expert.device)
+        return torch.searchsorted(self.expert, experts, right=True, out_int32=True)  # bincount would wait for a GPU
 
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum over each token's choices: a gather, so that the order of the sum never varies."""
@@ -53,8 +55,8 @@ class _Sorted:
 
 def experts_grouped(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """One grouped matmul over the sorted tokens: no host synchronisation, no padding."""
-    pairs = _Sorted(indices, gate_up.shape[0])
-    ends = pairs.ends.to(torch.int32)
+    pairs = _Sorted(indices)
+    ends = pairs.ends(gate_up.shape[0])
     hidden = swiglu(F.grouped_mm(x[pairs.token], gate_up.transpose(1, 2), offs=ends))
     return pairs.combine(F.grouped_mm(hidden, down.transpose(1, 2), offs=ends), weights)
 
@@ -70,15 +72,14 @@ def experts_gathered(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, 
 
 def experts_listed(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Two matmuls for each expert that has tokens, its weights where they lie. The host has to know how many it has."""
-    pairs = _Sorted(indices, gate_up.shape[0])
-    counts = pairs.counts.tolist()
+    pairs = _Sorted(indices)
+    chosen, counts = torch.unique_consecutive(pairs.expert, return_counts=True)
     # `unbind` where gradients flow: autograd then stacks the experts' gradients once
     every = list(zip(gate_up.unbind(), down.unbind(), strict=True)) if torch.is_grad_enabled() else None
     parts = []
-    for expert, rows in enumerate(x[pairs.token].split(counts)):
-        if counts[expert]:
-            w_in, w_out = every[expert] if every is not None else (gate_up[expert], down[expert])
-            parts.append(F.linear(swiglu(F.linear(rows, w_in)), w_out))
+    for expert, rows in zip(chosen.tolist(), x[pairs.token].split(counts.tolist()), strict=True):
+        w_in, w_out = every[expert] if every is not None else (gate_up[expert], down[expert])
+        parts.append(F.linear(swiglu(F.linear(rows, w_in)), w_out))
     return pairs.combine(torch.cat(parts), weights)
 
 
