@@ -93,7 +93,7 @@ class DepthExtrapolation(TrainedExperiment):
         "Bansal et al. 2202.05826 (recall, overthinking)",
         "Anil et al. 2211.09961 (path independence)",
     )
-    budget: ClassVar = {"quick": "4 minutes on 2 cores", "full": "about 4 core-hours, two cells at once"}
+    budget: ClassVar = {"quick": "4 minutes on 2 cores", "full": "about 4.5 core-hours, two cells at once"}
     notes = (
         "Depth mask: in training on chains a looped model is asked only those questions that its number of "
         "loops can reach (hops <= loops). It is not told the number of hops, neither then nor in the test.",
