@@ -47,6 +47,24 @@ def test_equals_its_definition(name: str, block: int, monkeypatch: pytest.Monkey
         differ(attention(q, k, v, mask=mask, scale=0.31), results[1][0])
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 5, 1), (2, 1, 1, 5)], ids=["one for all keys", "one for all queries"])
+def test_a_mask_may_be_broadcast(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "BLOCK", 2)
+    q, k, v, _ = case("causal")
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., 4:] = False  # of keys, the last; nothing where one number stands for all
+    close(attention(q, k, v, mask=mask, scale=0.3), attention_ref(q, k, v, mask=mask, scale=0.3), 1e-12)
+
+
+def test_a_block_that_sees_nothing_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, mask = case("chunk")
+    assert mask is not None
+    mask[..., :2, :] = False
+    whole = attention(q, k, v, mask=mask, scale=0.3)
+    monkeypatch.setattr(ops, "BLOCK", 2)
+    close(attention(q, k, v, mask=mask, scale=0.3)[:, :, 2:], whole[:, :, 2:], 1e-12)
+
+
 def test_a_mask_is_obeyed_exactly() -> None:
     q, k, v, mask = case("documents")
     y = attention(q, k, v, mask=mask, scale=0.3)

@@ -38,10 +38,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: fl
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Each block of queries over the span of keys that one of them may see: the kernel computes what a mask hides."""
-    parts = []
+    parts, mask = [], mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])
     for queries, seen in zip(q.split(BLOCK, -2), mask.split(BLOCK, -2), strict=True):
-        first, last = (int(i) for i in seen.flatten(0, -2).any(0).nonzero().aminmax())
-        span = slice(first, last + 1)
+        places = seen.flatten(0, -2).any(0).nonzero().flatten().tolist() or [0]  # a block may see nothing
+        span = slice(places[0], places[-1] + 1)
         parts.append(attention(queries, k[..., span, :], v[..., span, :], mask=seen[..., span], scale=scale))
     return torch.cat(parts, -2)
 

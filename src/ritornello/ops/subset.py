@@ -11,8 +11,8 @@ WORTH = 0.9  # of the batch, at most: above it, gathering costs what it saves
 
 @dataclass(frozen=True)
 class Subset:
-    """Of a batch (B, T), tokens (m, t) of the rows (m,), ascending: those that run, then, where a row has fewer than t,
-    some that do not. running (m, t) tells which; None: all."""
+    """Of a batch (B, T), tokens (m, t) of the rows (m,), in order of position; a row with fewer than t that run is
+    filled up with some that do not. running (m, t) tells which; None: all."""
 
     rows: Tensor
     tokens: Tensor
