@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -42,11 +42,11 @@ def prefill(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int | Ten
 def decode(
     model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int | Tensor, *, past: Cache, **options: Any
 ) -> Tensor:
-    """The tokens that follow those of `past`, one by one."""
+    """The tokens that follow those of `past`, one by one; n_loops: of each, or (1, those that follow)."""
     cache, logits = deepcopy(past), []
     with torch.inference_mode():
         for i in range(past.length, tokens.shape[1]):
-            own = n_loops if isinstance(n_loops, int) else n_loops[:, i : i + 1]
+            own = n_loops if isinstance(n_loops, int) else n_loops[:, i - past.length, None]
             logits.append(model(tokens[:, i : i + 1], n_loops=own, cache=cache, **options).logits)
     return torch.cat(logits, 1)
 
@@ -65,9 +65,12 @@ def rows(shape: str, attention: str, *, n: int) -> Iterator[dict[str, Any]]:
     model = RecurrentDepthTransformer(config).eval()
     tokens = torch.randint(VOCAB, (1, PREFILL), generator=torch.Generator().manual_seed(0))
     prompt, few = after(model, tokens), tokens[:, : PAST + NEW]
-    for name, work, read in (("prefill", prefill, tokens), ("decode", partial(decode, past=prompt), few)):
+    for name, work, read, new in (
+        ("prefill", prefill, tokens, PREFILL),
+        ("decode", partial(decode, past=prompt), few, NEW),
+    ):
         for mean in MEANS:
-            own = budgets(mean, read.shape[1])
+            own = budgets(mean, new)
             torch.testing.assert_close(work(model, read, own), work(model, read, own, compact=False))
             found = paired(lambda: work(model, read, own), lambda: work(model, read, N_LOOPS), n=n)  # noqa: B023
             limit = ideal(config, read.shape[1], mean)
@@ -77,13 +80,10 @@ def rows(shape: str, attention: str, *, n: int) -> Iterator[dict[str, Any]]:
                 "attention": attention,
                 "dtype": "fp32",
                 "metric": f"{name}, seconds, {mean} loops a token of {N_LOOPS}",
-                "ours": found.ours,
-                "peer": found.peer,
+                **asdict(found),
                 "peer_name": f"the same, {N_LOOPS} loops each",
-                "ratio": found.ratio,
                 "ceiling": limit,
                 "utilisation": found.ratio / limit,
-                "n": found.n,
             }
 
 

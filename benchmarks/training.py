@@ -1,6 +1,7 @@
 """A whole training step beside OpenMythos: the same shape, loops, tokens and optimizer on both sides."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,8 @@ def rows(shape: str, attention: str, dtype: str, *, n: int, ceiling: float) -> I
         "attention": attention,
         "dtype": dtype,
         "metric": "seconds a step",
-        "ours": found.ours,
-        "peer": found.peer,
+        **asdict(found),
         "peer_name": "open-mythos 0.5.0",
-        "ratio": found.ratio,
         "ceiling": ceiling,
         "utilisation": flops / found.ours / ceiling,
-        "n": found.n,
     }

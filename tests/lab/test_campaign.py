@@ -38,7 +38,7 @@ class Tiny(DepthExtrapolation):
 
 
 def in_this_process(name: str, scale: Any, out: Path, missing: list[int], workers: int) -> Iterator[str]:
-    """The pool's processes would not know what a test has changed."""
+    """Processes of their own would not know what a test has changed."""
     return (campaign.run_cell(name, scale, str(out), index, 1) for index in missing)
 
 

@@ -28,6 +28,7 @@ def test_puts_back_where_it_took() -> None:
     assert torch.equal(some.put(x, some.take(x)), x)
     assert not torch.equal(some.put(x, new), x)
     assert torch.equal(some.take(some.put(x, new)), new)
+    assert torch.equal(some.spread(new), some.put(torch.zeros_like(x), new))
     assert torch.autograd.gradcheck(lambda a, b: some.put(a, b * some.take(a)), (x, new))
 
 

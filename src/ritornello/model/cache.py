@@ -47,14 +47,13 @@ class Passing(KeyValues):
 
 
 class Within(KeyValues):
-    """The storage of a batch, for a pass of some of its tokens."""
+    """The storage of a batch, for a pass of some of its tokens; which loop it is and who runs, `whole` says for all."""
 
     def __init__(self, kv: KeyValues, some: Subset, whole: Turn) -> None:
         self.kv, self.some, self.whole = kv, some, whole
 
     def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
-        blank = entry.new_zeros(*self.some.shape, entry.shape[-1])
-        return self.kv.put(layer, self.whole.loop, self.some.put(blank, entry), self.whole.running)[self.some.rows]
+        return self.kv.put(layer, self.whole.loop, self.some.spread(entry), self.whole.running)[self.some.rows]
 
 
 class Cache(KeyValues):

@@ -58,9 +58,11 @@ class Context:
     def take(self, some: Subset) -> "Context":
         """The same for some tokens, which see what they saw among all."""
         mask, (m, length) = self.mask, self.positions.shape
+        if some.tokens.shape[1] == length:  # whole rows, whose causal mask is still a flag
+            return self.select(some.rows)
         if mask is not None:
             mask = mask.expand(m, -1, -1, -1)[some.rows[:, None], 0, some.tokens][:, None]
-        elif length > 1:
+        else:
             mask = some.tokens[:, None, :, None] >= torch.arange(length, device=some.tokens.device)
         rope = None if self.rope is None else (some.take(self.rope[0]), some.take(self.rope[1]))
         positions, documents = some.take(self.positions), some.take(self.documents)

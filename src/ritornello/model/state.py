@@ -54,11 +54,7 @@ class LoopState:
     def put(self, some: Subset, new: "LoopState", turn: Turn) -> "LoopState":
         """This state after `turn`, which some of its tokens have run."""
         share = len(some.rows) / len(self.rows)  # the loss is a mean over sequences
-        nowhere = self.loops_used.new_zeros(*self.loops_used.shape, 1)
-        routed = tuple(
-            Routed(some.put(nowhere.expand(-1, -1, r.indices.shape[-1]), r.indices), r.balance * share)
-            for r in new.routed
-        )
+        routed = tuple(Routed(some.spread(r.indices), r.balance * share) for r in new.routed)
         halt = None if self.halt is None or new.halt is None else self.halt.put(some, new.halt)
         h, used = some.put(self.h, new.h), some.put(self.loops_used, new.loops_used)
         return LoopState(h, used, self.rows, turn.loop, turn.running, routed, new.entries, halt)

@@ -73,11 +73,11 @@ def experts_gathered(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, 
 def experts_listed(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Two matmuls for each expert that has tokens, its weights where they lie. The host has to know how many it has."""
     pairs = _Sorted(indices)
-    chosen, counts = torch.unique_consecutive(pairs.expert, return_counts=True)
+    chosen, counts = torch.stack(torch.unique_consecutive(pairs.expert, return_counts=True)).tolist()
     # `unbind` where gradients flow: autograd then stacks the experts' gradients once
     every = list(zip(gate_up.unbind(), down.unbind(), strict=True)) if torch.is_grad_enabled() else None
     parts = []
-    for expert, rows in zip(chosen.tolist(), x[pairs.token].split(counts.tolist()), strict=True):
+    for expert, rows in zip(chosen, x[pairs.token].split(counts), strict=True):
         w_in, w_out = every[expert] if every is not None else (gate_up[expert], down[expert])
         parts.append(F.linear(swiglu(F.linear(rows, w_in)), w_out))
     return pairs.combine(torch.cat(parts), weights)

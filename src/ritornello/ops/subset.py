@@ -1,6 +1,7 @@
 """Some tokens of a batch as a smaller batch, so that those which have halted cost nothing."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import overload
 
 import torch
@@ -35,7 +36,7 @@ class Subset:
         whole = all(counts[row] == most for row in rows)
         return Subset(chosen, tokens, None if whole else running[chosen[:, None], tokens], shape)
 
-    @property
+    @cached_property
     def _places(self) -> Tensor:
         """(m · t,) in the flattened batch."""
         return (self.rows[:, None] * self.shape[1] + self.tokens).flatten()
@@ -59,3 +60,7 @@ class Subset:
         if old is None or new is None:
             return None
         return old.flatten(0, 1).index_copy(0, self._places, new.flatten(0, 1)).view(old.shape)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(m, t, ...) -> (B, T, ...), zero elsewhere."""
+        return self.put(x.new_zeros(*self.shape, *x.shape[2:]), x)

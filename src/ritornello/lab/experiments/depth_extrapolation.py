@@ -149,7 +149,7 @@ class DepthExtrapolation(TrainedExperiment):
             apart = {verdict.claim: verdict.outcome for verdict in self._verdicts(others)}
             for verdict in self._verdicts(found):
                 outcome = apart.get(verdict.claim, "inconclusive")
-                said = f"; without seeds 0 and 1: {outcome}" if found.task.name == MAIN else ""
+                said = f"; without seeds {SEEN[0]} and {SEEN[1]}: {outcome}" if found.task.name == MAIN else ""
                 verdicts.append(replace(verdict, test=verdict.test + said))
         return verdicts
 
