@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ritornello.config import ModelConfig
 from ritornello.model.carry import initial_state
-from ritornello.model.context import Context, dropout
-from ritornello.ops.noise import Key, fold, normal, uniform
+from ritornello.model.context import Context
+from ritornello.ops.noise import Key, dropout, fold, normal, uniform
 from tests.model.builders import differ
 
 MASK = 2**64 - 1
@@ -107,9 +107,9 @@ def test_a_prefix_sees_what_the_whole_sees() -> None:
 
 def test_dropout_keeps_the_right_share_and_scale() -> None:
     x = torch.ones(4, 100, 64)
-    here = context(torch.arange(100).expand(4, -1), Key(0, 0, torch.arange(4)))
+    keys = Key(0, 0, torch.arange(4)).fold(torch.arange(100).expand(4, -1), 0, 2, 1)
     for p in (0.1, 0.5):
-        y = dropout(x, p, here, 0, 2, 1)
+        y = dropout(x, p, keys)
         kept = y != 0
         assert float(kept.float().mean()) == pytest.approx(1 - p, abs=5 * math.sqrt(p * (1 - p) / x.numel()))
         assert torch.equal(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
@@ -119,21 +119,21 @@ def test_every_part_of_the_address_makes_another_mask() -> None:
     x = torch.ones(2, 50, 64)
     positions = torch.arange(50).expand(2, -1)
     masks = [
-        dropout(x, 0.5, context(positions, key), *address)
+        dropout(x, 0.5, key.fold(positions, *address))
         for key in (Key(0, 0), Key(1, 0), Key(0, 1), Key(0, 0, torch.tensor([5, 6])))
         for address in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
     ]
     flat = torch.stack(masks).flatten(1)
     off = torch.corrcoef(flat) - torch.eye(len(masks))
     assert float(off.abs().max()) < 6 / math.sqrt(flat.shape[1] / 2)
-    assert torch.equal(masks[0], dropout(x, 0.5, context(positions, Key(0, 0)), 0, 0, 0))
+    assert torch.equal(masks[0], dropout(x, 0.5, Key(0, 0).fold(positions, 0, 0, 0)))
     differ(masks[0], masks[1])
 
 
 def test_a_loop_index_by_token_draws_as_the_int_does() -> None:
     x = torch.ones(1, 3, 16)
-    here = context(torch.arange(3)[None], Key(4))
-    mixed = dropout(x, 0.5, here, 0, torch.tensor([[2, 0, 5]]), 1)
+    at = torch.arange(3)[None]
+    mixed = dropout(x, 0.5, Key(4).fold(at, 0, torch.tensor([[2, 0, 5]]), 1))
     for t, loop in enumerate((2, 0, 5)):
-        assert torch.equal(mixed[:, t], dropout(x, 0.5, here, 0, loop, 1)[:, t])
+        assert torch.equal(mixed[:, t], dropout(x, 0.5, Key(4).fold(at, 0, loop, 1))[:, t])
     assert ModelConfig().dropout == 0

@@ -24,7 +24,7 @@ class Attention(nn.Module, ABC):
         self, x: Tensor, loop: Loop, table: Loop, context: Context, kv: KeyValues, running: Tensor | None
     ) -> Tensor:
         """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
-        entries = kv.put(self.layer, loop, self.entry(x, context), running)
+        entries = kv.put(self.layer, loop, self.entry(x, context), running, context.some)
         return self.attend(x, table, entries, context)
 
     @abstractmethod

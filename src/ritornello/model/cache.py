@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, CachePolicy, ModelConfig, require, require_choice, require_int
 from ritornello.model.context import Loop
-from ritornello.model.depth import Turn
 from ritornello.ops.subset import Subset
 
 
@@ -19,10 +18,11 @@ class KeyValues(ABC):
     """The interface: `put` is called once per layer and loop."""
 
     @abstractmethod
-    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
+    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None, some: Subset | None) -> Tensor:
         """Take the entries (B, T, W) of this pass's tokens, give those of all tokens they attend to, (B, S, W).
 
         `running` (B, T) or (B, 1) bool is False for a token that has halted: its entry stays that of its last loop.
+        `some`: the pass has only these tokens of a batch; entry, running and what is given are theirs.
         """
 
 
@@ -34,26 +34,18 @@ class Passing(KeyValues):
         self.share_first = share_first
         self.entries: dict[int, Tensor] = {}
 
-    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
+    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None, some: Subset | None) -> Tensor:
         if self.previous is not None:
-            old = self.previous[layer]
+            old = self.previous[layer] if some is None else some.take(self.previous[layer])
             if self.share_first:
                 first = loop == 0 if isinstance(loop, Tensor) else torch.full((1, 1), loop == 0, device=entry.device)
                 entry = torch.where(first[..., None], entry, old)
             if running is not None:
                 entry = torch.where(running[..., None], entry, old)
+        if some is not None:
+            entry = some.spread(entry) if self.previous is None else some.put(self.previous[layer], entry)
         self.entries[layer] = entry
-        return entry
-
-
-class Within(KeyValues):
-    """The storage of a batch, for a pass of some of its tokens; which loop it is and who runs, `whole` says for all."""
-
-    def __init__(self, kv: KeyValues, some: Subset, whole: Turn) -> None:
-        self.kv, self.some, self.whole = kv, some, whole
-
-    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
-        return self.kv.put(layer, self.whole.loop, self.some.spread(entry), self.whole.running)[self.some.rows]
+        return entry if some is None else entry[some.rows]
 
 
 class Cache(KeyValues):
@@ -92,6 +84,7 @@ class Cache(KeyValues):
         ]
         self.last = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
         self.length = self.n_new = self.n_run = 0  # tokens stored, tokens on their way, loops that these have run
+        self.places = self.last  # (B, T) of tokens on their way, in a slot whose sequences and tokens are one axis
         self.documents: Tensor | None = None
         self.new_documents: Tensor | None = None
         self.shallowest = self.n_slots - 1  # every token stored so far has at least the slots 0..shallowest
@@ -104,6 +97,8 @@ class Cache(KeyValues):
         room = self.max_len - self.length
         require(n_new <= room, "tokens", f"{n_new} new", f"at most {room} for this cache (max_len {self.max_len})")
         self.n_new, self.n_run = n_new, 0
+        at = torch.arange(self.length, self.length + n_new, device=self.last.device)
+        self.places = torch.arange(0, batch * self.max_len, self.max_len, device=self.last.device)[:, None] + at
         if documents is None and self.documents is not None:
             documents = self.documents[:, -1:].expand(batch, n_new)
         if documents is not None and self.documents is None:
@@ -117,24 +112,29 @@ class Cache(KeyValues):
         require(self.policy != "per_loop" or loop < self.n_slots, "cache", f"{self.n_slots} loops", f"> {loop} loops")
         self.n_run = loop + 1
         now = self.last[:, self.length : self.length + self.n_new]
-        now.copy_(torch.where(running, loop, now) if running is not None else torch.full_like(now, loop))
-        if running is not None:
+        if running is None:
+            now.fill_(loop)
+        else:
+            now.copy_(torch.where(running, loop, now))
             self.shallowest = -1 if loop == 0 else min(self.shallowest, loop - 1)
 
-    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None) -> Tensor:
+    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None, some: Subset | None) -> Tensor:
         assert isinstance(loop, int), "this cache moves all sequences through the loops together"
-        slots, start, end = self.slots[layer], self.length, self.length + self.n_new
-        slot = loop if slots.shape[0] > 1 else 0
-        here = slots[slot, :, start:end]
-        if slots.shape[0] == 1 and loop > 0 and self.policy == "first":
-            return slots[0, :, :end]
-        if slots.shape[0] == 1 and running is not None and self.policy == "last":
-            entry = torch.where(running[..., None], entry, here)
-        here.copy_(entry)
-        if slots.shape[0] == 1 or loop <= self.shallowest:
-            return slots[slot, :, :end]
-        index = self.last[:, :end].clamp(max=loop)[None, :, :, None]
-        return slots[:, :, :end].gather(0, index.expand(1, -1, -1, slots.shape[-1]))[0]
+        slots, end, rows = self.slots[layer], self.length + self.n_new, None if some is None else some.rows
+        slot = 0 if (one := slots.shape[0] == 1) else loop
+        if not (one and loop > 0 and self.policy == "first"):
+            places = self.places if some is None else self.places[some.rows[:, None], some.tokens]
+            address = (places + slot * self.batch_size * self.max_len).flatten()
+            flat, new = slots.view(-1, slots.shape[-1]), entry.flatten(0, 1)
+            if one and running is not None and self.policy == "last":
+                new = torch.where(running.expand(places.shape).reshape(-1, 1), new, flat[address])
+            flat.index_copy_(0, address, new.to(flat.dtype))  # a slice would be compiled anew for each loop
+        if one or loop <= self.shallowest:
+            found = slots.select(0, slot).narrow(1, 0, end)
+            return found if rows is None else found[rows]
+        rows = torch.arange(self.batch_size, device=slots.device) if rows is None else rows
+        own = self.last[rows, :end].clamp(max=loop)
+        return slots[own, rows[:, None], torch.arange(end, device=slots.device)]
 
     def commit(self) -> None:
         """The new tokens have passed through every layer: keep them."""

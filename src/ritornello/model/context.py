@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ritornello.config import ModelConfig, require
 from ritornello.ops.attention import rotary_tables
-from ritornello.ops.noise import Key, fold, uniform
+from ritornello.ops.noise import Key
 from ritornello.ops.subset import Subset
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Context:
     rope: tuple[Tensor, Tensor] | None
     key: Key | None = None
     capture: Capture | None = None
+    some: Subset | None = None  # these are some tokens of a larger batch
 
     def select(self, rows: Tensor | slice) -> "Context":
         """The same for some rows of the batch."""
@@ -59,15 +60,14 @@ class Context:
         """The same for some tokens, which see what they saw among all."""
         mask, (m, length) = self.mask, self.positions.shape
         if some.tokens.shape[1] == length:  # whole rows, whose causal mask is still a flag
-            return self.select(some.rows)
+            return replace(self.select(some.rows), some=some)
         if mask is not None:
             mask = mask.expand(m, -1, -1, -1)[some.rows[:, None], 0, some.tokens][:, None]
         else:
             mask = some.tokens[:, None, :, None] >= torch.arange(length, device=some.tokens.device)
         rope = None if self.rope is None else (some.take(self.rope[0]), some.take(self.rope[1]))
-        positions, documents = some.take(self.positions), some.take(self.documents)
         key = None if self.key is None else self.key.select(some.rows)
-        return Context(positions, documents, mask, rope, key, self.capture)
+        return Context(some.take(self.positions), some.take(self.documents), mask, rope, key, self.capture, some)
 
     def real(self) -> Tensor | None:
         """(B, T) bool, False at padding; None: no padding."""
@@ -111,12 +111,3 @@ def build_context(
         dtype = torch.promote_types(x.dtype, torch.float32)
         rope = rotary_tables(positions, dim=config.rope_dim, theta=config.rope_theta, dtype=dtype)
     return Context(positions, documents, mask, rope, key, capture)
-
-
-def dropout(x: Tensor, p: float, context: Context, *address: Loop) -> Tensor:
-    """Dropout (B, T, D). Its mask depends on the key, the position and `address` alone, so recomputation repeats it."""
-    require(context.key is not None, "key", None, "given in training when dropout > 0")
-    assert context.key is not None
-    keys = context.key.fold(context.positions, *address)[..., None]
-    kept = uniform(fold(keys, torch.arange(x.shape[-1], device=x.device))) >= p
-    return x * kept / (1 - p)

@@ -92,19 +92,17 @@ class Depth:
 
 @dataclass(frozen=True)
 class Turn:
-    """One iteration: the loop index of each token; who runs, (rows, 1 or T), None: all; whose last loop it is.
-
-    `within`: these are some tokens of a larger batch, whose own turn this is.
-    """
+    """One iteration: the loop index of each token; who runs, (rows, 1 or T), None: all; whose last loop it is;
+    whether these are only some tokens of the batch."""
 
     loop: Loop
     running: Tensor | None
     last: Tensor | bool
-    within: "tuple[Subset, Turn] | None" = None
+    partial: bool = False
 
     def take(self, some: Subset) -> "Turn":
         pick = lambda x: some.take(x) if isinstance(x, Tensor) else x  # noqa: E731
-        return Turn(pick(self.loop), some.running, pick(self.last), (some, self))
+        return Turn(pick(self.loop), some.running, pick(self.last), partial=True)
 
 
 def _check_budgets(whole: bool, low: int, high: int) -> None:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from ritornello.config import ModelConfig
 from ritornello.model.attention import ATTENTION
 from ritornello.model.cache import KeyValues
-from ritornello.model.context import Context, Loop, dropout
+from ritornello.model.context import Context, Loop
 from ritornello.model.moe import FeedForward, MixtureOfExperts, Routed
 from ritornello.model.norm import RMSNorm
+from ritornello.ops.noise import dropout
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class Layer(nn.Module):
         if norm is not None and self.norm_kind == "pre_post":
             y = norm(y)
         if self.training and self.dropout:
-            y = dropout(y, self.dropout, now.context, self.layer, now.loop, int(branch == "ffn"))
+            assert now.context.key is not None
+            key = now.context.key.fold(now.context.positions, self.layer, now.loop, int(branch == "ffn"))
+            y = dropout(y, self.dropout, key)
         if now.context.capture is not None:
             now.context.capture.add(f"{self.layer}.{branch}", now.loop, y)
         x = x + y

@@ -1,11 +1,10 @@
 """Linear layers, with a low-rank delta of their own for each loop (depth-wise LoRA, 2410.20672)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ritornello.model.context import Loop
-from ritornello.ops.lora import low_rank
+from ritornello.ops.linear import linear, low_rank
 
 
 class Linear(nn.Module):
@@ -23,7 +22,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, loop: Loop = 0) -> Tensor:
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.weight.dtype)
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         if self.lora_A is None or self.lora_B is None:
             return y
         return y + low_rank(x, self.lora_A, self.lora_B, loop)

@@ -1,6 +1,5 @@
 """The mixture of experts of DeepSeek-V3 (2412.19437, §2.1.2): routed experts, shared experts, balance by a bias."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from ritornello.model.attention import lora_options
 from ritornello.model.context import Loop
 from ritornello.model.lora import Linear
 from ritornello.ops.experts import experts
+from ritornello.ops.linear import linear
 from ritornello.ops.routing import balance_loss, limit_groups
 
 
@@ -56,7 +56,7 @@ class Router(nn.Module):
         c = self.config
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+            logits = linear(x.to(dtype), self.weight.to(dtype))
         scores = logits.sigmoid() if c.router_score == "sigmoid" else logits.softmax(-1)
         bias = self.e_score_correction_bias
         bias = bias[table] if c.router_bias_per_loop else bias
@@ -101,6 +101,8 @@ class MixtureOfExperts(nn.Module):
             y = y + self.shared_experts(x, table)
         balance = scores.new_zeros(())
         if self.training and torch.is_grad_enabled():
-            mask = math.prod((mask[..., None] for mask in masks), start=torch.ones_like(scores[..., :1]))
-            balance = balance_loss(indices, scores, mask)
+            counted = torch.ones_like(scores[..., :1])
+            for mask in masks:
+                counted = counted * mask[..., None]
+            balance = balance_loss(indices, scores, counted)
         return y, Routed(indices, balance)

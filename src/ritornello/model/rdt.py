@@ -10,16 +10,16 @@ h stays in float32 or better throughout: in bfloat16 a decay near 1 would leave 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ritornello.config import MAX_LOOPS, ExitRule, ModelConfig, require, require_int
 from ritornello.model.bound import state_bound
-from ritornello.model.cache import Cache, KeyValues, Passing, Within
+from ritornello.model.cache import Cache, KeyValues, Passing
 from ritornello.model.carry import HyperConnections, SingleStream, initial_state
 from ritornello.model.context import Capture, Context, Loop, build_context
 from ritornello.model.depth import Depth, Turn
@@ -31,6 +31,7 @@ from ritornello.model.lora import Linear
 from ritornello.model.moe import Routed
 from ritornello.model.norm import RMSNorm
 from ritornello.model.state import LoopState, Output, Routing
+from ritornello.ops.linear import linear
 from ritornello.ops.noise import Key
 from ritornello.ops.subset import Subset
 
@@ -91,6 +92,18 @@ class RecurrentDepthTransformer(nn.Module):
 
     state_bound = state_bound  # (n_loops) -> the largest ‖h‖ that any tokens can reach
 
+    def compile(self, *, unroll: bool = False, **options: Any) -> None:
+        """Compile prelude, loop and coda in place, without graph breaks: one graph of the loop serves every loop count.
+
+        unroll: one graph of all loops instead, compiled anew for each depth; without exit rules. Faster where a loop
+            is short, as for one token. options: torch.compile's.
+        """
+        torch.compiler.config.dynamic_sources = "L['turn'].loop, L['run'].cache.length, L['kv'].length"
+        lean = {} if "mode" in options else {"options": {"size_asserts": False, "alignment_asserts": False}}
+        how: Any = {"fullgraph": True, "isolate_recompiles": True, **lean, **options}
+        for name in ("prelude", "_recur" if unroll else "_step", "coda", "logits"):
+            setattr(self, name, partial(torch.compile(getattr(type(self), name), **how), self))
+
     def init_weights(self, seed: int = 0) -> None:
         """Draw every parameter anew, in place."""
         initialize(self, seed)
@@ -103,7 +116,7 @@ class RecurrentDepthTransformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
         weight = self.head_weight
-        return F.linear(hidden.to(weight.dtype), weight)
+        return linear(hidden.to(weight.dtype), weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) or (B, T, C) -> (B, T, D): the sum over C tables."""
@@ -231,7 +244,7 @@ class RecurrentDepthTransformer(nn.Module):
         if context.capture is not None:
             context.capture.add("h", turn.loop, h)
         used = state.loops_used + (1 if running is None else running.to(torch.int64))
-        partial = running is not None or turn.within is not None
+        partial = running is not None or turn.partial
         kept = entries if partial or run.exit is not None or self.config.kv_sharing == "first" else None
         return LoopState(h, used, state.rows, turn.loop, running, routed, kept, halt)
 
@@ -239,13 +252,12 @@ class RecurrentDepthTransformer(nn.Module):
         self, state: LoopState, e: Tensor, context: Context, turn: Turn, run: Run
     ) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor] | None]:
         """`loop_once` with its keys and values: in the cache, or handed on from loop to loop as a value."""
-        view = lambda kv: kv if turn.within is None else Within(kv, *turn.within)  # noqa: E731
         if run.cache is not None:
-            return *self.loop_once(state.h, e, turn.loop, context, view(run.cache), turn.running), None
+            return *self.loop_once(state.h, e, turn.loop, context, run.cache, turn.running), None
 
         def block(h: Tensor, e: Tensor) -> tuple[Tensor, tuple[Routed, ...], dict[int, Tensor]]:
             kv = Passing(state.entries, share_first=self.config.kv_sharing == "first")
-            h, routed = self.loop_once(h, e, turn.loop, context, view(kv), turn.running)
+            h, routed = self.loop_once(h, e, turn.loop, context, kv, turn.running)
             return h, routed, kv.entries
 
         if run.checkpoint and torch.is_grad_enabled():
@@ -292,6 +304,8 @@ class RecurrentDepthTransformer(nn.Module):
         """
         require_int("backprop_loops", backprop_loops, 0, MAX_LOOPS)
         check_exit(self.config, exit)
+        keyed = key is not None or not (self.training and self.config.dropout)
+        require(keyed, "key", None, "given in training when dropout > 0")
         x = self._check(tokens, inputs_embeds, cache)
         depth = Depth.of(self.config.n_loops if n_loops is None else n_loops, (x.shape[0], x.shape[1])).to(x.device)
         context = self.context(x, positions=positions, documents=documents, cache=cache, key=key, capture=capture)
@@ -313,14 +327,13 @@ class RecurrentDepthTransformer(nn.Module):
         """Run the recurrence, note in `out` what happened, and return what the coda reads, in the batch's order."""
         c, real = self.config, context.real()
         if c.ffn == "moe":
-            shape = (c.n_loops, c.n_recurrent_layers, c.n_experts)
-            out.routing = Routing(torch.zeros(shape, dtype=torch.int64, device=e.device))
+            out.routing = Routing(c.n_loops, c.n_recurrent_layers, c.n_experts)
         if context.capture is not None:
             context.capture.add("e", 0, e)
         balance, n_rows, state = [], 0, None
         for state in self.iterate(e, context, run):
             if out.routing is not None:
-                out.routing.count(state, None if real is None else real[state.rows])
+                out.routing.add(state, None if real is None else real[state.rows])
             if out.trajectory is not None:
                 out.trajectory.append(state)
             found = [routed.balance for routed in state.routed if routed.balance.requires_grad]

@@ -1,6 +1,7 @@
 """What the recurrence carries, and what a forward pass returns."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from ritornello.model.context import Loop
 from ritornello.model.depth import Turn
 from ritornello.model.halting import HaltState
 from ritornello.model.moe import Routed
+from ritornello.ops.routing import expert_load
 from ritornello.ops.subset import Subset
 
 
@@ -60,25 +62,22 @@ class LoopState:
         return LoopState(h, used, self.rows, turn.loop, turn.running, routed, new.entries, halt)
 
 
-@dataclass(frozen=True)
 class Routing:
-    """load (n_loops, R, E) int64: the tokens each expert got, by loop index and recurrent layer."""
+    """What the tokens chose, loop by loop; counted when someone asks."""
 
-    load: Tensor
+    def __init__(self, n_loops: int, n_layers: int, n_experts: int) -> None:
+        self.shape = (n_loops, n_layers, n_experts)
+        self._seen: list[tuple[Loop, list[Tensor], list[Tensor]]] = []
 
-    def count(self, state: LoopState, real: Tensor | None) -> None:
-        """Add one loop's choices: of tokens that ran and are `real` (m, T)."""
-        n_loops, n_layers, n_experts = self.load.shape
-        m, n_tokens = state.loops_used.shape
-        counted = torch.ones(m, n_tokens, dtype=torch.int64, device=self.load.device)
-        for mask in (state.running, real):
-            counted = counted if mask is None else counted * mask
-        last, loop = n_loops - 1, state.loop
-        loop = min(loop, last) if isinstance(loop, int) else loop.clamp(max=last)[..., None]
-        for layer, routed in enumerate(state.routed):
-            address = (loop * n_layers + layer) * n_experts + routed.indices
-            weights = counted[..., None].expand_as(address)
-            self.load.view(-1).scatter_add_(0, address.flatten(), weights.flatten())
+    def add(self, state: LoopState, real: Tensor | None) -> None:
+        """One loop's choices: of tokens that ran and are `real` (m, T)."""
+        masks = [mask for mask in (state.running, real) if mask is not None]
+        self._seen.append((state.loop, [routed.indices for routed in state.routed], masks))
+
+    @cached_property
+    def load(self) -> Tensor:
+        """(n_loops, R, E) int64: the tokens each expert got, by loop index and recurrent layer."""
+        return expert_load(self.shape, self._seen)
 
 
 @dataclass

@@ -4,11 +4,14 @@ Shapes, everywhere: x (N, D) tokens; gate_up (E, 2F, D) and down (E, D, F) weigh
 the experts of each token. Returns (N, D). No token is dropped.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 12  # experts for each pair of token and choice, above which most idle
+SHARED = 2  # pairs for each expert, up to which a compiled path reads weights for every pair
 GROUPED: dict[str, tuple[torch.dtype, ...]] = {  # what F.grouped_mm is used for, by device
     "cuda": (torch.bfloat16, torch.float16),
     "cpu": (torch.bfloat16, torch.float16, torch.float32),
@@ -29,6 +32,34 @@ def experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weigh
         y = F.linear(swiglu(F.linear(x[token], w_in)), w_out)
         out = out.index_add(0, token, (y * weights[token, choice, None]).to(out.dtype))
     return out
+
+
+@torch.library.custom_op("ritornello::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (N, K) · weight[g] (K, M) -> (N, M), group g the rows before ends[g]. An operator of its own, because under
+    torch.compile F.grouped_mm refuses float32."""
+    return F.grouped_mm(x, weight, offs=ends)
+
+
+@torch.library.custom_op("ritornello::grouped_outer", mutates_args=())
+def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """xᵀ · y over the rows of each group: (N, K), (N, M) -> (G, K, M)."""
+    return F.grouped_mm(x.t(), y, offs=ends)
+
+
+grouped_mm.register_fake(lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]))
+grouped_outer.register_fake(lambda x, y, ends: x.new_empty(ends.shape[0], x.shape[1], y.shape[1]))
+
+
+def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    for_x = grouped_mm(grad, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    return for_x, grouped_outer(x, grad, ends) if ctx.needs_input_grad[1] else None, None
+
+
+grouped_mm.register_autograd(
+    _grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 class _Sorted:
@@ -57,8 +88,8 @@ def experts_grouped(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, w
     """One grouped matmul over the sorted tokens: no host synchronisation, no padding."""
     pairs = _Sorted(indices)
     ends = pairs.ends(gate_up.shape[0])
-    hidden = swiglu(F.grouped_mm(x[pairs.token], gate_up.transpose(1, 2), offs=ends))
-    return pairs.combine(F.grouped_mm(hidden, down.transpose(1, 2), offs=ends), weights)
+    hidden = swiglu(grouped_mm(x[pairs.token], gate_up.transpose(1, 2), ends))
+    return pairs.combine(grouped_mm(hidden, down.transpose(1, 2), ends), weights)
 
 
 def experts_gathered(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -68,6 +99,12 @@ def experts_gathered(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, 
     hidden = swiglu(torch.bmm(rows, gate_up[chosen].transpose(1, 2)))
     y = torch.bmm(hidden, down[chosen].transpose(1, 2)).view(*indices.shape, -1)
     return torch.bmm(weights.to(y.dtype)[:, None], y).squeeze(1)
+
+
+def experts_fused(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Like `experts_gathered`, as sums of products: a compiler then copies nothing, and reads each weight once."""
+    hidden = swiglu((gate_up[indices] * x[:, None, None]).sum(-1)) * weights.to(x.dtype)[..., None]
+    return (down[indices] * hidden[..., None, :]).sum(-1).sum(1)
 
 
 def experts_listed(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -84,16 +121,20 @@ def experts_listed(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, we
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The right path, by a measured rule (experiments/LOG.md, entry 11).
+    """The right path, by a measured rule (experiments/LOG.md, entries 11 and 15).
 
-    Many pairs: grouped. So few, without gradients, that most experts idle: a GPU gathers, a CPU reads weights in place.
-    Listed where the grouped kernels do not reach: see GROUPED, and widths that are no multiple of 8.
+    Many pairs: grouped. So few, without gradients, that most experts idle: a GPU gathers, a CPU reads weights in place;
+    compiled, fused up to SHARED pairs an expert. Listed where the grouped kernels do not reach: see GROUPED, and widths
+    that are no multiple of 8.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     suits = x.dtype in GROUPED.get(x.device.type, ()) and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
-    few = indices.numel() * FEW <= gate_up.shape[0] and not torch.is_grad_enabled()
+    n_pairs, n_experts, forward_only = indices.numel(), gate_up.shape[0], not torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and forward_only and n_pairs <= SHARED * n_experts:
+        return experts_fused(x, gate_up, down, indices, weights)
+    few = n_pairs * FEW <= n_experts and forward_only
     if few and x.device.type == "cuda":
         return experts_gathered(x, gate_up, down, indices, weights)
     path = experts_grouped if suits and not few else experts_listed

@@ -69,3 +69,10 @@ class Key:
 
     def select(self, rows: Tensor | slice) -> "Key":
         return self if self.sequences is None else replace(self, sequences=self.sequences[rows])
+
+
+def dropout(x: Tensor, p: float, keys: Tensor) -> Tensor:
+    """Dropout of x (..., D). Its mask depends on keys (...), the addresses of the tokens, alone, so that recomputation
+    repeats it."""
+    kept = uniform(fold(keys[..., None], torch.arange(x.shape[-1], device=x.device))) >= p
+    return x * kept / (1 - p)

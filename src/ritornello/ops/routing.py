@@ -1,4 +1,4 @@
-"""Who may be chosen, and how evenly experts are (DeepSeek-V3 2412.19437, §2.1.2)."""
+"""Who may be chosen, how many chose whom, and how evenly (DeepSeek-V3 2412.19437, §2.1.2)."""
 
 import torch
 from torch import Tensor
@@ -25,3 +25,22 @@ def balance_loss(indices: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     frequency = chosen.sum(1) * (scores.shape[-1] / indices.shape[-1]) / n_tokens
     probability = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / n_tokens
     return (frequency * probability).sum(-1).mean()
+
+
+def expert_load(shape: tuple[int, int, int], seen: list[tuple[int | Tensor, list[Tensor], list[Tensor]]]) -> Tensor:
+    """How many tokens each expert got: int64 of `shape` (loops, layers, E).
+
+    seen: by pass, its loop index (an int, or (B, 1 or T); the last row takes those beyond), the experts (B, T, k) that
+    each layer's tokens chose, and masks (B, T or 1) of the tokens that count.
+    """
+    n_loops, n_layers, n_experts = shape
+    load = torch.zeros(n_loops * n_layers * n_experts, dtype=torch.int64, device=seen[0][1][0].device)
+    for loop, chosen, masks in seen:
+        row = min(loop, n_loops - 1) if isinstance(loop, int) else loop.clamp(max=n_loops - 1)[..., None]
+        for layer, indices in enumerate(chosen):
+            address = (row * n_layers + layer) * n_experts + indices
+            counted = torch.ones_like(address)
+            for mask in masks:
+                counted = counted * mask[..., None]
+            load.scatter_add_(0, address.flatten(), counted.flatten())
+    return load.view(shape)

@@ -1,8 +1,19 @@
-"""Low-rank deltas, one for each loop index."""
+"""Products with a weight matrix, and low-rank deltas, one for each loop index."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) · weightᵀ, weight (N, K) -> (..., N).
+
+    Compiled, one row on a CPU becomes a sum of products, which the compiler fuses with what stands around it and reads
+    the weight once from end to end: BLAS takes two to five times as long (experiments/LOG.md, entry 15).
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[:-1].numel() == 1:
+        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def low_rank_ref(x: Tensor, down: Tensor, up: Tensor, loop: Tensor | int) -> Tensor:
@@ -18,7 +29,7 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor, loop: Tensor | int) -> Tensor:
     L slices and keeps the token's own: L·r columns are few, and nothing is sorted.
     """
     if isinstance(loop, int):
-        return F.linear(F.linear(x, down[loop]), up[loop])
+        return linear(linear(x, down[loop]), up[loop])
     if loop.shape[1] == 1:
         index = loop[:, 0]
         return torch.bmm(torch.bmm(x, down[index].transpose(1, 2)), up[index].transpose(1, 2))

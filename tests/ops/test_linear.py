@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ritornello.ops.lora import low_rank, low_rank_ref
+from ritornello.ops.linear import low_rank, low_rank_ref
 
 INDICES = {"one for all": 2, "by sequence": torch.tensor([[1], [3]]), "by token": torch.tensor([[0, 1, 2], [3, 3, 0]])}
 
