@@ -1,5 +1,7 @@
 """Scaled dot-product attention with grouped key-value heads."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,9 +33,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: fl
     assert mask is not None or q.shape[-2] in (1, k.shape[-2]), "a chunk that follows cached tokens needs its mask"
     if mask is not None and q.shape[-2] > BLOCK and q.device.type == "cpu" and not torch.compiler.is_compiling():
         return _by_blocks(q, k, v, mask, scale)
-    causal = mask is None and q.shape[-2] > 1
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    how: Any = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if mask is None and q.shape[-2] > 1:  # a branch: compiled, the comparison of a symbolic length is no bool
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

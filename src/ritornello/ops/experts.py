@@ -124,16 +124,17 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: 
     """The right path, by a measured rule (experiments/LOG.md, entries 11 and 15).
 
     Many pairs: grouped. So few, without gradients, that most experts idle: a GPU gathers, a CPU reads weights in place;
-    compiled, fused up to SHARED pairs an expert. Listed where the grouped kernels do not reach: see GROUPED, and widths
-    that are no multiple of 8.
+    compiled, fused up to SHARED pairs an expert. Where the grouped kernels do not reach (see GROUPED, and widths that
+    are no multiple of 8) listed, or compiled, where the host cannot know how many experts have tokens, fused.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     suits = x.dtype in GROUPED.get(x.device.type, ()) and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
     n_pairs, n_experts, forward_only = indices.numel(), gate_up.shape[0], not torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and forward_only and n_pairs <= SHARED * n_experts:
-        return experts_fused(x, gate_up, down, indices, weights)
+    if torch.compiler.is_compiling():
+        fused = not suits or (forward_only and n_pairs <= SHARED * n_experts)
+        return (experts_fused if fused else experts_grouped)(x, gate_up, down, indices, weights)
     few = n_pairs * FEW <= n_experts and forward_only
     if few and x.device.type == "cuda":
         return experts_gathered(x, gate_up, down, indices, weights)

@@ -1,0 +1,128 @@
+"""torch.compile changes nothing but the time: without graph breaks, and once for all loop counts."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from ritornello.config import ExitRule
+from ritornello.model.cache import Cache
+from ritornello.model.rdt import RecurrentDepthTransformer
+from tests.model.builders import build, close, close_gradients, differ, gradients, stir, tiny, tokens_for
+
+pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("default")]  # the compiler's own warnings are not ours
+
+KINDS = {
+    "gqa-moe-act": {"attention": "gqa", "ffn": "moe", "halting": "act"},
+    "mla-moe-gate": {"attention": "mla", "ffn": "moe", "halting": "gate", "read_out": "last"},
+    "mla-dense-kl": {"attention": "mla", "ffn": "dense", "halting": "kl", "read_out": "last"},
+    "gqa-dense-none": {"attention": "gqa", "ffn": "dense", "halting": "none", "read_out": "last"},
+    "anchored": {"ffn": "dense", "anchored": True, "halting": "none", "read_out": "last"},
+    "streams": {"ffn": "dense", "carry_streams": 3, "injection": "linear", "halting": "none", "read_out": "last"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def pair(kind: str, **changes: object) -> tuple[RecurrentDepthTransformer, RecurrentDepthTransformer]:
+    """The same model as it is, and to be compiled."""
+    model = build(tiny(**(KINDS[kind] | changes)))
+    stir(model)
+    return model, deepcopy(model)
+
+
+def graphs(work: object) -> int:
+    """How many graphs are compiled while this runs."""
+    assert callable(work)
+    before = counters["stats"]["unique_graphs"]
+    work()
+    return counters["stats"]["unique_graphs"] - before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_gives_the_same_outputs_and_gradients(kind: str) -> None:
+    model, compiled = pair(kind)
+    compiled.compile(backend="aot_eager")
+    tokens = tokens_for(model.config, 2, 7)
+    results = [m(tokens, n_loops=3, weigh=True) for m in (model, compiled)]
+    close(results[1].logits, results[0].logits)
+    grads = [gradients(m, out.logits.square().mean()) for m, out in zip((model, compiled), results, strict=True)]
+    close_gradients(grads[1], grads[0])
+    differ(compiled(tokens, n_loops=2).logits, results[0].logits)
+
+
+@pytest.mark.parametrize("kind", ["gqa-moe-act", "mla-moe-gate", "gqa-dense-none"])
+def test_one_graph_serves_every_loop_count(kind: str) -> None:
+    """Where a loop halts by what it learned, the last one is a graph of its own."""
+    _, compiled = pair(kind)
+    compiled.compile(backend="aot_eager")
+    tokens = tokens_for(compiled.config, 2, 7)
+    last = int("none" not in kind)
+    with torch.no_grad():
+        assert graphs(lambda: compiled(tokens, n_loops=3, weigh=True)) == 4 + last  # prelude, loop, coda, logits
+        assert graphs(lambda: [compiled(tokens, n_loops=n, weigh=True) for n in (2, 4, 5, 9)]) == 0
+        assert graphs(lambda: compiled(tokens[:, :5], n_loops=3)) > 0, "another shape"
+
+
+def decode(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int, exit: ExitRule | None = None) -> Tensor:
+    cache = Cache(model.config, batch_size=tokens.shape[0], max_len=tokens.shape[1], dtype=torch.float64)
+    with torch.inference_mode():
+        steps = [model(tokens[:, i : i + 1], n_loops=n_loops, cache=cache, exit=exit) for i in range(tokens.shape[1])]
+    return torch.cat([step.logits for step in steps], 1)
+
+
+@pytest.mark.parametrize("kind", ["gqa-moe-act", "mla-dense-kl"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_compiled_gives_the_same_and_compiles_for_one_token_only(kind: str, batch: int) -> None:
+    """By the compiler that generates code, whose single rows and experts take another path."""
+    model, compiled = pair(kind)
+    compiled.compile()
+    tokens = tokens_for(model.config, batch, 6)
+    close(decode(compiled, tokens, 3), decode(model, tokens, 3))
+    assert graphs(lambda: decode(compiled, tokens, 4)) == 0, "neither another length nor another loop count"
+    differ(decode(compiled, tokens, 2), decode(model, tokens, 3))
+
+
+def test_unrolled_gives_the_same() -> None:
+    model, compiled = pair("gqa-moe-act")
+    compiled.compile(unroll=True)
+    tokens = tokens_for(model.config, 1, 5)
+    close(decode(compiled, tokens, 3), decode(model, tokens, 3))
+    assert graphs(lambda: decode(compiled, tokens, 3)) == 0
+    close(decode(compiled, tokens, 2), decode(model, tokens, 2))
+
+
+def test_exit_rules_and_budgets_run_compiled() -> None:
+    model, compiled = pair("mla-dense-kl")
+    compiled.compile(backend="aot_eager")
+    tokens = tokens_for(model.config, 3, 5)
+    rule = ExitRule("kl", 1e-3)
+    with torch.inference_mode():
+        plain, fast = (m(tokens, n_loops=4, exit=rule) for m in (model, compiled))
+        assert torch.equal(fast.loops_used, plain.loops_used) and plain.loops_used.unique().numel() > 1
+        close(fast.logits, plain.logits)
+        budgets = torch.tensor([1, 4, 2])
+        close(compiled(tokens, n_loops=budgets).logits, model(tokens, n_loops=budgets).logits)
+
+
+def test_two_compiled_models_and_a_copy_keep_to_their_own_weights() -> None:
+    model, first = pair("gqa-dense-none")
+    second = build(tiny(**KINDS["gqa-dense-none"], norm="pre_post"), seed=1)
+    plain = deepcopy(second)
+    first.compile(backend="aot_eager")
+    second.compile(backend="aot_eager")
+    copy = deepcopy(first)
+    with torch.no_grad():
+        copy.norm.weight.mul_(2)
+        tokens = tokens_for(model.config, 2, 4)
+        close(first(tokens).logits, model(tokens).logits)
+        close(second(tokens).logits, plain(tokens).logits)
+        close(copy(tokens).logits, 2 * model(tokens).logits)
