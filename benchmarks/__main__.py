@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import depth, machine, training
+from benchmarks import decode, depth, machine, training
 from ritornello.config import pick
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,7 +29,16 @@ def depth_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
         yield from depth.rows("S1", attention, n=n)
 
 
-THEMES: dict[str, Callable[[int, dict[str, float]], Iterator[Row]]] = {"training": train_themes, "depth": depth_themes}
+def decode_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
+    for attention in ("gqa", "mla"):
+        yield from decode.rows(attention, n=n, bandwidth=ceilings["bandwidth"])
+
+
+THEMES: dict[str, Callable[[int, dict[str, float]], Iterator[Row]]] = {
+    "training": train_themes,
+    "depth": depth_themes,
+    "decode": decode_themes,
+}
 
 
 def main() -> int:
@@ -37,12 +46,12 @@ def main() -> int:
     parser.add_argument("themes", nargs="*", metavar="theme", help=f"{', '.join(THEMES)}; default: all")
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
-    ceilings = {
-        name: machine.matmul_ceiling(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    ceilings = {name: machine.matmul_ceiling(dtype) for name, dtype in dtypes.items()}
     said = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; largest matmul rate "
     said += ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in ceilings.items())
-    said += f"; {machine.bandwidth() / 1e9:.1f} GB/s read"
+    ceilings["bandwidth"] = machine.bandwidth()
+    said += f"; {ceilings['bandwidth'] / 1e9:.1f} GB/s read"
     RESULTS.mkdir(exist_ok=True)
     every = []
     for theme in options.themes or THEMES:
