@@ -1,19 +1,34 @@
 """Work in processes of their own: all of it is done, and nothing is left behind."""
 
 import os
+import signal
 import time
 from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 
+from ritornello.lab import processes
 from ritornello.lab.processes import each_alone
+
+
+class StrangeError(Exception):
+    """Does not survive pickling, as exceptions with arguments of their own do not."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def work(folder: str, name: str) -> str:
     """What `name` asks for, and a file that says so."""
     if name == "fail":
         raise OSError(28, "disk full")
+    if name == "strange":
+        raise StrangeError(3, "at step 3")
+    if name == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
     if name == "die":
         os._exit(3)
     if name == "sleep":
@@ -32,7 +47,11 @@ def test_each_has_a_process_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
-    [("fail", OSError, "disk full"), ("die", RuntimeError, "exit code 3")],
+    [
+        ("fail", OSError, "disk full"),
+        ("die", RuntimeError, "exit code 3"),
+        ("strange", RuntimeError, "StrangeError: at step 3"),
+    ],
 )
 def test_a_failure_ends_the_others(tmp_path: Path, name: str, error: type[Exception], message: str) -> None:
     start = time.monotonic()
@@ -40,6 +59,15 @@ def test_a_failure_ends_the_others(tmp_path: Path, name: str, error: type[Except
         list(each_alone(work, [(str(tmp_path), "sleep"), (str(tmp_path), name), (str(tmp_path), "later")], at_once=2))
     assert time.monotonic() - start < 60 and not active_children()
     assert not (tmp_path / "later").exists()
+
+
+def test_one_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    lines = each_alone(work, [(str(tmp_path), "stubborn"), (str(tmp_path), "a")], at_once=2)
+    assert next(lines).startswith("a ")
+    time.sleep(1)  # it has been told to ignore by now, or is ended before: both must leave nothing behind
+    lines.close()
+    assert not active_children()
 
 
 def test_leaving_ends_them(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PATIENCE = 10.0  # seconds that a process has to end by itself
 
 
 def each_alone(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]], *, at_once: int) -> Iterator[T]:
@@ -16,7 +18,8 @@ def each_alone(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]], *, at_
     that replaces them (`max_tasks_per_child`) can wait for ever when it is stopped.
 
     Raises:
-        RuntimeError: a process ended without an answer; its exit code is named. Else what `work` raised.
+        RuntimeError: a process ended without an answer, its exit code is named; or what `work` raised cannot travel.
+            Else what `work` raised.
     """
     context = get_context("spawn")
     left, under_way = list(pieces), {}
@@ -39,8 +42,12 @@ def each_alone(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]], *, at_
                     raise answer[0]
                 yield answer[0]
     finally:
-        for process in under_way.values():
+        for receive, process in under_way.items():
+            receive.close()
             process.terminate()
+        for process in under_way.values():
+            process.join(PATIENCE)
+            process.kill()  # nothing where it has ended
             process.join()
 
 
@@ -56,6 +63,15 @@ def _answer(send: Connection, work: Callable[..., object], piece: tuple[Any, ...
     try:
         answer = work(*piece)
     except Exception as error:  # noqa: BLE001  (raised again where the answer is read)
-        error.add_note(f"in a process of its own:\n{traceback.format_exc()}")
-        answer = error
+        answer = _portable(error)
+        answer.add_note(f"in a process of its own:\n{traceback.format_exc()}")
     send.send((answer,))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives the way, or one that tells what it said."""
+    try:
+        ForkingPickler.loads(ForkingPickler.dumps(error))
+    except Exception:  # noqa: BLE001  (whatever its class does)
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

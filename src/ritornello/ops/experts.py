@@ -4,6 +4,7 @@ Shapes, everywhere: x (N, D) tokens; gate_up (E, 2F, D) and down (E, D, F) weigh
 the experts of each token. Returns (N, D). No token is dropped.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -108,13 +109,15 @@ def experts_fused(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, wei
 
 
 def experts_listed(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Two matmuls for each expert that has tokens, its weights where they lie. The host has to know how many it has."""
+    """Two matmuls for each expert that has tokens, its weights where they lie. The host has to know how many it has,
+    and waits for the device once."""
     pairs = _Sorted(indices)
-    chosen, counts = torch.stack(torch.unique_consecutive(pairs.expert, return_counts=True)).tolist()
+    ends = pairs.ends(gate_up.shape[0]).tolist()
+    counts = {expert: end - start for expert, (start, end) in enumerate(pairwise([0, *ends])) if end > start}
     # `unbind` where gradients flow: autograd then stacks the experts' gradients once
     every = list(zip(gate_up.unbind(), down.unbind(), strict=True)) if torch.is_grad_enabled() else None
     parts = []
-    for expert, rows in zip(chosen, x[pairs.token].split(counts), strict=True):
+    for expert, rows in zip(counts, x[pairs.token].split(list(counts.values())), strict=True):
         w_in, w_out = every[expert] if every is not None else (gate_up[expert], down[expert])
         parts.append(F.linear(swiglu(F.linear(rows, w_in)), w_out))
     return pairs.combine(torch.cat(parts), weights)
