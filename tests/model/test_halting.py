@@ -107,7 +107,7 @@ def test_ponder_is_loops_plus_remainder_over_real_tokens() -> None:
     rule = lively(model, tokens, "cumulative", 6, documents=documents)
     out = model(tokens, n_loops=6, exit=rule, documents=documents, trajectory=True)
     weights = torch.stack([state.halt.weight for state in out.trajectory])
-    remainder = weights.gather(0, (out.loops_used - 1)[None])[0]
+    remainder = weights.gather(0, (out.loops_used - 1).clamp(min=0)[None])[0]  # padding runs no loop
     real = documents >= 0
     close(out.aux["ponder"], (out.loops_used + remainder)[real].mean())
     differ(out.aux["ponder"], (out.loops_used + remainder).mean())

@@ -178,11 +178,11 @@ class Halting(nn.Module):
         gated = self.config.halting == "gate" and self.consults(rule)
         return gated or (rule is not None and rule.rule in ("kl", "entropy"))
 
-    def start(self, h: Tensor, log_probs: Tensor | None) -> HaltState:
-        """h (m, T, D): the initial state."""
+    def start(self, h: Tensor, log_probs: Tensor | None, real: Tensor | None) -> HaltState:
+        """h (m, T, D): the initial state. Those that are not `real` (m, T) have halted from the start."""
         zero = torch.zeros(h.shape[:2], device=h.device, dtype=h.dtype)
         mixture = torch.zeros_like(h) if self.config.read_out == "mixture" else None
-        return HaltState(zero.bool(), zero + 1, zero, zero, mixture, log_probs)
+        return HaltState(zero.bool() if real is None else ~real, zero + 1, zero, zero, mixture, log_probs)
 
     def step(
         self, state: HaltState, now: Signals, rule: ExitRule | None, loop: Loop, idle: Tensor, last: Tensor | bool

@@ -101,8 +101,5 @@ class MixtureOfExperts(nn.Module):
             y = y + self.shared_experts(x, table)
         balance = scores.new_zeros(())
         if self.training and torch.is_grad_enabled():
-            counted = torch.ones_like(scores[..., :1])
-            for mask in masks:
-                counted = counted * mask[..., None]
-            balance = balance_loss(indices, scores, counted)
+            balance = balance_loss(indices, scores, masks)
         return y, Routed(indices, balance)

@@ -179,7 +179,8 @@ class RecurrentDepthTransformer(nn.Module):
         h = initial_state(self.config.initial_state, e, context)
         used = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
         halts = run.exit is not None or (run.weigh and self.halting.head is not None)
-        halt = self.halting.start(h, self._predict(h, run.exit)) if halts else None
+        real = None if run.exit is None else context.real()
+        halt = self.halting.start(h, self._predict(h, run.exit), real) if halts else None
         return LoopState(self.carry.expand(h), used, rows, halt=halt)
 
     def _predict(self, h: Tensor, exit: ExitRule | None) -> Tensor | None:
@@ -308,6 +309,8 @@ class RecurrentDepthTransformer(nn.Module):
         require(keyed, "key", None, "given in training when dropout > 0")
         x = self._check(tokens, inputs_embeds, cache)
         depth = Depth.of(self.config.n_loops if n_loops is None else n_loops, (x.shape[0], x.shape[1])).to(x.device)
+        late = depth.starts is not None and depth.starts.shape[1] > 1
+        require(not late or documents is not None, "documents", None, "given where budgets start late within a row")
         context = self.context(x, positions=positions, documents=documents, cache=cache, key=key, capture=capture)
         kv = cache if cache is not None else Passing()
         h = self.prelude(x, context, kv)

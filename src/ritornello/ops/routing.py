@@ -15,11 +15,14 @@ def limit_groups(choice: Tensor, n_groups: int, n_active: int) -> Tensor:
     return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
 
-def balance_loss(indices: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+def balance_loss(indices: Tensor, scores: Tensor, masks: list[Tensor]) -> Tensor:
     """Sequence-level balance loss (eq. 17-20), 1 at perfect balance, mean over sequences.
 
-    indices (B, T, k): the chosen experts; scores (B, T, E); mask (B, T, 1): 1 for tokens that count.
+    indices (B, T, k): the chosen experts; scores (B, T, E); masks (B, T or 1) bool: of the tokens that count.
     """
+    mask = torch.ones_like(scores[..., :1])
+    for counted in masks:
+        mask = mask * counted[..., None]
     n_tokens = mask.sum(1).clamp(min=1)
     chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
     frequency = chosen.sum(1) * (scores.shape[-1] / indices.shape[-1]) / n_tokens
