@@ -84,7 +84,6 @@ class Cache(KeyValues):
         ]
         self.last = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
         self.length = self.n_new = self.n_run = 0  # tokens stored, tokens on their way, loops that these have run
-        self.places = self.last  # (B, T) of tokens on their way, in a slot whose sequences and tokens are one axis
         self.documents: Tensor | None = None
         self.new_documents: Tensor | None = None
         self.shallowest = self.n_slots - 1  # every token stored so far has at least the slots 0..shallowest
@@ -97,8 +96,6 @@ class Cache(KeyValues):
         room = self.max_len - self.length
         require(n_new <= room, "tokens", f"{n_new} new", f"at most {room} for this cache (max_len {self.max_len})")
         self.n_new, self.n_run = n_new, 0
-        at = torch.arange(self.length, self.length + n_new, device=self.last.device)
-        self.places = torch.arange(0, batch * self.max_len, self.max_len, device=self.last.device)[:, None] + at
         if documents is None and self.documents is not None:
             documents = self.documents[:, -1:].expand(batch, n_new)
         if documents is not None and self.documents is None:
@@ -120,21 +117,20 @@ class Cache(KeyValues):
 
     def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None, some: Subset | None) -> Tensor:
         assert isinstance(loop, int), "this cache moves all sequences through the loops together"
-        slots, end, rows = self.slots[layer], self.length + self.n_new, None if some is None else some.rows
+        slots, end, device = self.slots[layer], self.length + self.n_new, entry.device
+        rows = torch.arange(self.batch_size, device=device) if some is None else some.rows
         slot = 0 if (one := slots.shape[0] == 1) else loop
         if not (one and loop > 0 and self.policy == "first"):
-            places = self.places if some is None else self.places[some.rows[:, None], some.tokens]
-            address = (places + slot * self.batch_size * self.max_len).flatten()
-            flat, new = slots.view(-1, slots.shape[-1]), entry.flatten(0, 1)
+            at = self.length + (torch.arange(self.n_new, device=device)[None] if some is None else some.tokens)
+            where = (torch.full_like(at, slot), rows[:, None], at)  # a slice would be compiled anew for each loop
             if one and running is not None and self.policy == "last":
-                new = torch.where(running.expand(places.shape).reshape(-1, 1), new, flat[address])
-            flat.index_copy_(0, address, new.to(flat.dtype))  # a slice would be compiled anew for each loop
+                entry = torch.where(running[..., None], entry, slots[where])
+            slots.index_put_(where, entry.to(slots.dtype))
         if one or loop <= self.shallowest:
             found = slots.select(0, slot).narrow(1, 0, end)
-            return found if rows is None else found[rows]
-        rows = torch.arange(self.batch_size, device=slots.device) if rows is None else rows
+            return found if some is None else found[rows]
         own = self.last[rows, :end].clamp(max=loop)
-        return slots[own, rows[:, None], torch.arange(end, device=slots.device)]
+        return slots[own, rows[:, None], torch.arange(end, device=device)]
 
     def commit(self) -> None:
         """The new tokens have passed through every layer: keep them."""
