@@ -131,6 +131,11 @@ def test_dropout_needs_a_key() -> None:
     assert model.eval()(TOKENS).logits.isfinite().all()
 
 
+def test_budgets_that_start_late_within_a_row_need_documents() -> None:
+    late = Depth.right_aligned([[2, 2, 1], [2, 2, 2]])
+    refused("documents = None: must be given where budgets start late within a row", TOKENS[:, :3], n_loops=late)
+
+
 def cache(**changes: Any) -> Cache:
     options = {"batch_size": 2, "max_len": 5, "n_loops": 4, "dtype": torch.float64} | changes
     return Cache(options.pop("config", MODEL.config), **options)

@@ -152,3 +152,14 @@ def test_probe_reads_the_state_alone() -> None:
     grads = gradients(model, states[-1].halt.survival.sum() + states[1].halt.weight.sum())
     moved = {name for name, grad in grads.items() if grad.any()}
     assert moved and all(name.startswith("halting.") for name in moved)
+
+
+def test_padding_runs_no_loop_under_an_exit_rule_and_keeps_none_alive() -> None:
+    model = build({"halting": "kl", "read_out": "last"})
+    tokens = tokens_for(model.config, 1, T)
+    documents = torch.tensor([[-1, -1, 0, 0, 0]])
+    rule = ExitRule("kl", 1e9)  # whoever runs leaves after one loop
+    with torch.no_grad():
+        out = model(tokens, n_loops=6, exit=rule, documents=documents, trajectory=True)
+        assert out.loops_used.tolist() == [[0, 0, 1, 1, 1]] and len(out.trajectory) == 1
+        close(out.logits[:, 2:], model(tokens[:, 2:], n_loops=6, exit=rule).logits)
