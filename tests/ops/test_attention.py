@@ -105,3 +105,14 @@ def test_tables_are_precise_at_far_positions() -> None:
     small = rotary_tables(positions, dim=8, theta=1e4, dtype=torch.bfloat16)[0]
     exact = rotary_tables(positions, dim=8, theta=1e4, dtype=torch.float64)[0]
     torch.testing.assert_close(small.double(), exact, atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (1, 1, 7), (2, 1, 1, 7), (4, 1, 7), None])
+def test_one_query_with_shared_heads_and_any_mask(shape: tuple[int, ...] | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, t, 6, generator=generator, dtype=torch.float64) for n, t in ((4, 1), (2, 7), (2, 7)))
+    mask = (
+        None if shape is None else (torch.rand(shape, generator=generator) < 0.6).index_fill(-1, torch.tensor(0), True)
+    )
+    close(attention(q, k, v, mask=mask, scale=0.4), attention_ref(q, k, v, mask=mask, scale=0.4))
+    differ(attention(q.roll(1, 1), k, v, mask=mask, scale=0.4), attention_ref(q, k, v, mask=mask, scale=0.4))

@@ -245,8 +245,8 @@ class RecurrentDepthTransformer(nn.Module):
         if context.capture is not None:
             context.capture.add("h", turn.loop, h)
         used = state.loops_used + (1 if running is None else running.to(torch.int64))
-        partial = running is not None or turn.partial
-        kept = entries if partial or run.exit is not None or self.config.kv_sharing == "first" else None
+        some = running is not None or turn.partial
+        kept = entries if some or run.exit is not None or self.config.kv_sharing == "first" else None
         return LoopState(h, used, state.rows, turn.loop, running, routed, kept, halt)
 
     def _block(
