@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.depth import decode
 from benchmarks.shapes import VOCAB, mixture
 from benchmarks.timing import Work, paired
 from ritornello.accounting import flops_per_token, kv_bytes_per_token
@@ -22,17 +23,8 @@ BATCHES, PASTS = (1, 16, 64), (32, 1024)
 Forward = Callable[..., Any]
 
 
-def decode(model: RecurrentDepthTransformer, tokens: Tensor, past: Cache) -> Tensor:
-    """The logits of all tokens that follow those of `past`, one position at a time."""
-    cache = deepcopy(past)
-    with torch.inference_mode():
-        return torch.cat(
-            [model(tokens[:, i : i + 1], cache=cache).logits for i in range(past.length, tokens.shape[1])], 1
-        )
-
-
 def decode_mythos(forward: Forward, tokens: Tensor, past: dict[str, dict[str, Tensor]], start: int) -> None:
-    """The same with OpenMythos, whose cache is a dictionary."""
+    """`decode` with OpenMythos, whose cache is a dictionary."""
     cache = {name: dict(entry) for name, entry in past.items()}
     with torch.inference_mode():
         for i in range(start, tokens.shape[1]):
@@ -48,14 +40,15 @@ def prepare(
     with torch.inference_mode():
         model(tokens[:, :past], cache=cache, return_logits=False)
         peer(tokens[:, :past], kv_cache=theirs)
-    torch.testing.assert_close(decode(compiled, tokens, cache), decode(model, tokens, cache), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        *(decode(m, tokens, N_LOOPS, past=cache) for m in (compiled, model)), rtol=1e-3, atol=1e-4
+    )
     stop, loops = peers.count_loops(peer)
     decode_mythos(peer, tokens, theirs, past)
     stop()
     assert len(loops) == N_LOOPS * NEW, loops
-    return partial(decode, compiled, tokens, cache), lambda forward: partial(
-        decode_mythos, forward, tokens, theirs, past
-    )
+    work = partial(decode, compiled, tokens, N_LOOPS, past=cache)
+    return work, lambda forward: partial(decode_mythos, forward, tokens, theirs, past)
 
 
 def rows(attention: str, *, n: int, bandwidth: float) -> Iterator[dict[str, Any]]:

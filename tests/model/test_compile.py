@@ -1,6 +1,6 @@
 """torch.compile changes nothing but the time: without graph breaks, and once for all loop counts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import pytest
@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from ritornello.config import ExitRule
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
-from tests.model.builders import build, close, close_gradients, differ, gradients, stir, tiny, tokens_for
+from tests.model.builders import build, close, close_gradients, differ, gradients, tokens_for
 
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("default")]  # the compiler's own warnings are not ours
 
@@ -32,16 +32,14 @@ def _forgotten() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def pair(kind: str, **changes: object) -> tuple[RecurrentDepthTransformer, RecurrentDepthTransformer]:
+def pair(kind: str) -> tuple[RecurrentDepthTransformer, RecurrentDepthTransformer]:
     """The same model as it is, and to be compiled."""
-    model = build(tiny(**(KINDS[kind] | changes)))
-    stir(model)
+    model = build(KINDS[kind])
     return model, deepcopy(model)
 
 
-def graphs(work: object) -> int:
+def graphs(work: Callable[[], object]) -> int:
     """How many graphs are compiled while this runs."""
-    assert callable(work)
     before = counters["stats"]["unique_graphs"]
     work()
     return counters["stats"]["unique_graphs"] - before
@@ -72,10 +70,10 @@ def test_one_graph_serves_every_loop_count(kind: str) -> None:
         assert graphs(lambda: compiled(tokens[:, :5], n_loops=3)) > 0, "another shape"
 
 
-def decode(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int, exit: ExitRule | None = None) -> Tensor:
+def decode(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int) -> Tensor:
     cache = Cache(model.config, batch_size=tokens.shape[0], max_len=tokens.shape[1], dtype=torch.float64)
     with torch.inference_mode():
-        steps = [model(tokens[:, i : i + 1], n_loops=n_loops, cache=cache, exit=exit) for i in range(tokens.shape[1])]
+        steps = [model(tokens[:, i : i + 1], n_loops=n_loops, cache=cache) for i in range(tokens.shape[1])]
     return torch.cat([step.logits for step in steps], 1)
 
 
@@ -115,7 +113,7 @@ def test_exit_rules_and_budgets_run_compiled() -> None:
 
 def test_two_compiled_models_and_a_copy_keep_to_their_own_weights() -> None:
     model, first = pair("gqa-dense-none")
-    second = build(tiny(**KINDS["gqa-dense-none"], norm="pre_post"), seed=1)
+    second = build(KINDS["gqa-dense-none"] | {"norm": "pre_post"}, seed=1)
     plain = deepcopy(second)
     first.compile(backend="aot_eager")
     second.compile(backend="aot_eager")

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from ritornello.ops import experts as module
-from ritornello.ops.experts import experts, experts_gathered, experts_grouped, experts_listed, experts_ref
+from ritornello.ops.experts import (
+    experts,
+    experts_fused,
+    experts_gathered,
+    experts_grouped,
+    experts_listed,
+    experts_ref,
+)
 from tests.model.builders import close, differ
 
 E, D, F = 16, 16, 8
-PATHS = (experts_listed, experts_gathered, experts_grouped)
+PATHS = (experts_listed, experts_gathered, experts_fused, experts_grouped)
 
 
 def case(load: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -40,7 +47,7 @@ def run(path: Callable, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def test_paths_equal_the_definition(path: Callable, load: str) -> None:
     grouped = path is experts_grouped
     inputs = case(load, torch.float32 if grouped else torch.float64)
-    tolerance = {experts_grouped: 2e-5, experts_gathered: 1e-10}.get(path, 1e-11)
+    tolerance = {experts_grouped: 2e-5, experts_gathered: 1e-10, experts_fused: 1e-10}.get(path, 1e-11)
     for fast, defined in zip(run(path, inputs), run(experts_ref, inputs), strict=True):
         close(fast, defined, tolerance)
     x, gate_up, down, weights, indices = inputs

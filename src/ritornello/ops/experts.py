@@ -55,7 +55,8 @@ grouped_outer.register_fake(lambda x, y, ends: x.new_empty(ends.shape[0], x.shap
 def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, ends = ctx.saved_tensors
     for_x = grouped_mm(grad, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
-    return for_x, grouped_outer(x, grad, ends) if ctx.needs_input_grad[1] else None, None
+    # (M, K) transposed: weights come so, and their gradient then lies as they do
+    return for_x, grouped_outer(grad, x, ends).transpose(1, 2) if ctx.needs_input_grad[1] else None, None
 
 
 grouped_mm.register_autograd(

@@ -20,9 +20,7 @@ def balance_loss(indices: Tensor, scores: Tensor, masks: list[Tensor]) -> Tensor
 
     indices (B, T, k): the chosen experts; scores (B, T, E); masks (B, T or 1) bool: of the tokens that count.
     """
-    mask = torch.ones_like(scores[..., :1])
-    for counted in masks:
-        mask = mask * counted[..., None]
+    mask = _counted(scores[..., :1], masks)
     n_tokens = mask.sum(1).clamp(min=1)
     chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
     frequency = chosen.sum(1) * (scores.shape[-1] / indices.shape[-1]) / n_tokens
@@ -42,8 +40,13 @@ def expert_load(shape: tuple[int, int, int], seen: list[tuple[int | Tensor, list
         row = min(loop, n_loops - 1) if isinstance(loop, int) else loop.clamp(max=n_loops - 1)[..., None]
         for layer, indices in enumerate(chosen):
             address = (row * n_layers + layer) * n_experts + indices
-            counted = torch.ones_like(address)
-            for mask in masks:
-                counted = counted * mask[..., None]
-            load.scatter_add_(0, address.flatten(), counted.flatten())
+            load.scatter_add_(0, address.flatten(), _counted(address, masks).flatten())
     return load.view(shape)
+
+
+def _counted(like: Tensor, masks: list[Tensor]) -> Tensor:
+    """1 for tokens that every mask (B, T or 1) keeps, else 0, in the shape and type of `like` (B, T, ...)."""
+    counted = torch.ones_like(like)
+    for mask in masks:
+        counted = counted * mask[..., None]
+    return counted
