@@ -12,22 +12,23 @@ from ritornello.ops.experts import (
     experts_fused,
     experts_gathered,
     experts_grouped,
-    experts_listed,
     experts_ref,
+    experts_slotted,
 )
 from tests.model.builders import close, differ
 
 E, D, F = 16, 16, 8
-PATHS = (experts_listed, experts_gathered, experts_fused, experts_grouped)
+PATHS = (experts_slotted, experts_gathered, experts_fused, experts_grouped)
 
 
 def case(load: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """x, gate_up, down, weights, indices. `uneven`: all tokens on two experts; `idle`: most experts unused."""
-    n, k = (1, 2) if load == "one token" else (32, 2)
+    """x, gate_up, down, weights, indices. `uneven`: all tokens on two experts; `crowded`: on ten; `idle`: on seven."""
+    n, k = {"one token": 1, "crowded": 128}.get(load, 32), 2
     token = torch.arange(n)
     indices = {
         "even": torch.stack((token % E, (token + 3) % E), 1),
         "uneven": torch.stack((torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64)), 1),
+        "crowded": torch.stack((token % 10, (token + 3) % 10), 1),
         "idle": torch.stack((token % 5, 5 + token % 2), 1),
         "one token": torch.tensor([[6, 2]]),
     }[load]
@@ -42,7 +43,7 @@ def run(path: Callable, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.sin().sum(), (x, gate_up, down, weights))]
 
 
-@pytest.mark.parametrize("load", ["even", "uneven", "idle", "one token"])
+@pytest.mark.parametrize("load", ["even", "uneven", "crowded", "idle", "one token"])
 @pytest.mark.parametrize("path", [*PATHS, experts], ids=lambda f: f.__name__)
 def test_paths_equal_the_definition(path: Callable, load: str) -> None:
     grouped = path is experts_grouped
@@ -57,16 +58,14 @@ def test_paths_equal_the_definition(path: Callable, load: str) -> None:
 @pytest.mark.parametrize(
     ("n", "gradients", "dtype", "wanted"),
     [
-        (64, True, torch.float32, "experts_grouped"),
-        (1, True, torch.float32, "experts_grouped"),
-        (1, False, torch.float32, "experts_listed"),
-        (64, False, torch.float32, "experts_grouped"),
-        (64, True, torch.float64, "experts_listed"),
+        (64, True, torch.float32, "experts_slotted"),
+        (1, False, torch.float32, "experts_slotted"),
+        (64, True, torch.float64, "experts_slotted"),
     ],
 )
 def test_the_rule(n: int, gradients: bool, dtype: torch.dtype, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for name in ("experts_grouped", "experts_listed", "experts_gathered"):
+    for name in ("experts_grouped", "experts_slotted", "experts_gathered"):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
     shapes = ((n, D), (32, 2 * F, D), (32, D, F), (n, 2))
@@ -76,9 +75,32 @@ def test_the_rule(n: int, gradients: bool, dtype: torch.dtype, wanted: str, monk
     assert taken == [wanted]
 
 
+@pytest.mark.parametrize(
+    ("load", "batches", "n_singles"),
+    [("even", [(16, 8)], 0), ("uneven", [(16, 8)], 2), ("crowded", [(16, 20), (10, 8)], 0), ("one token", [], 2)],
+)
+def test_slots(load: str, batches: list[tuple[int, int]], n_singles: int) -> None:
+    """Who is multiplied with whom; and every pair has one slot, that of its expert."""
+    indices = case(load)[-1]
+    slots = module._Slots(indices, E)
+    assert [(len(experts), room) for experts, _, room in slots.batches] == batches
+    assert len(slots.singles) == n_singles
+    owner = torch.full((len(slots.pair),), -1)
+    for members, start, room in slots.batches:
+        owner[start : start + len(members) * room] = members.repeat_interleave(room)
+    for expert, start, end in slots.singles:
+        owner[start:end] = expert
+    assert torch.equal(owner[slots.slot], indices)
+    assert torch.equal(slots.pair[slots.slot].flatten(), torch.arange(indices.numel()))
+    assert (slots.pair < indices.numel()).sum() == indices.numel()
+    weights = torch.rand(indices.shape) + 1
+    assert torch.equal(slots.weights(weights)[slots.slot], weights)
+    assert not slots.weights(weights)[slots.pair == indices.numel()].any()
+
+
 @pytest.mark.parametrize("load", ["uneven", "idle"])
 @pytest.mark.parametrize(
-    "path", [experts_listed, experts_gathered, experts_grouped, experts_ref], ids=lambda f: f.__name__
+    "path", [experts_slotted, experts_gathered, experts_grouped, experts_ref], ids=lambda f: f.__name__
 )
 def test_idle_experts_get_zero_gradients(path: Callable, load: str) -> None:
     inputs = case(load, torch.float32)
@@ -90,16 +112,16 @@ def test_idle_experts_get_zero_gradients(path: Callable, load: str) -> None:
 
 def test_order_of_choices_does_not_matter() -> None:
     x, gate_up, down, weights, indices = case("even")
-    y = experts_listed(x, gate_up, down, indices, weights)
-    close(experts_listed(x, gate_up, down, indices.flip(1), weights.flip(1)), y)
-    differ(experts_listed(x, gate_up, down, indices.flip(1), weights), y)
+    y = experts_slotted(x, gate_up, down, indices, weights)
+    close(experts_slotted(x, gate_up, down, indices.flip(1), weights.flip(1)), y)
+    differ(experts_slotted(x, gate_up, down, indices.flip(1), weights), y)
 
 
 def test_tokens_do_not_depend_on_each_other() -> None:
     x, gate_up, down, weights, indices = case("even")
     rows = zip(x.split(1), indices.split(1), weights.split(1), strict=True)
-    alone = torch.cat([experts_listed(row, gate_up, down, index, weight) for row, index, weight in rows])
-    close(experts_listed(x, gate_up, down, indices, weights), alone)
+    alone = torch.cat([experts_slotted(row, gate_up, down, index, weight) for row, index, weight in rows])
+    close(experts_slotted(x, gate_up, down, indices, weights), alone)
 
 
 def test_autocast_reaches_the_experts() -> None:

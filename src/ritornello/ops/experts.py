@@ -4,15 +4,19 @@ Shapes, everywhere: x (N, D) tokens; gate_up (E, 2F, D) and down (E, D, F) weigh
 the experts of each token. Returns (N, D). No token is dropped.
 """
 
-from itertools import pairwise
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-FEW = 12  # experts for each pair of token and choice, above which most idle
+FEW = 12  # experts for each pair of token and choice, above which a GPU copies the weights of each pair
 SHARED = 2  # pairs for each expert, up to which a compiled path reads weights for every pair
+PADDED = 0.75, 48.0  # pairs for each expert, between which a padded batched product beats a product for each expert
+HEADROOM = 1.25  # what a batched product has room for, over the mean
+LONE = 8  # experts, up to which they are never worth a batched product
 GROUPED: dict[str, tuple[torch.dtype, ...]] = {  # what F.grouped_mm is used for, by device
     "cuda": (torch.bfloat16, torch.float16),
     "cpu": (torch.bfloat16, torch.float16, torch.float32),
@@ -109,38 +113,154 @@ def experts_fused(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, wei
     return (down[indices] * hidden[..., None, :]).sum(-1).sum(1)
 
 
-def experts_listed(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Two matmuls for each expert that has tokens, its weights where they lie. The host has to know how many it has,
-    and waits for the device once."""
-    pairs = _Sorted(indices)
-    ends = pairs.ends(gate_up.shape[0]).tolist()
-    counts = {expert: end - start for expert, (start, end) in enumerate(pairwise([0, *ends])) if end > start}
-    # `unbind` where gradients flow: autograd then stacks the experts' gradients once
-    every = list(zip(gate_up.unbind(), down.unbind(), strict=True)) if torch.is_grad_enabled() else None
-    parts = []
-    for expert, rows in zip(counts, x[pairs.token].split(list(counts.values())), strict=True):
-        w_in, w_out = every[expert] if every is not None else (gate_up[expert], down[expert])
-        parts.append(F.linear(swiglu(F.linear(rows, w_in)), w_out))
-    return pairs.combine(torch.cat(parts), weights)
+class _Slots:
+    """A slot for each (token, choice) pair, so that experts can be multiplied in batches: of every expert as many slots
+    as most need, then of those with more pairs, and so on; the rest expert by expert. A slot that stays unused reads
+    the first token, and gets the weight 0. The order of the pairs of an expert is that of the tokens.
+
+    token, pair (S,): whose each slot is, pair = n·k where unused. slot (n, k): where each pair is. batches: experts,
+    first slot, slots of each. singles: expert, first slot, end.
+    """
+
+    def __init__(self, indices: Tensor, n_experts: int) -> None:
+        n, k = indices.shape
+        flat = indices.flatten().cpu()
+        order, counts = flat.argsort(stable=True), flat.bincount(minlength=n_experts)
+        expert = flat[order]
+        rank = torch.arange(n * k) - (counts.cumsum(0) - counts)[expert]
+        place, first = torch.empty_like(order), torch.empty_like(counts)
+        self.n_experts, self.batches, self.singles = n_experts, [], []
+        active, taken, end = torch.arange(n_experts), 0, 0
+        while room := batch_room(int(counts[active].sum()) - taken * len(active), len(active)):
+            first[active] = end + room * torch.arange(len(active))
+            place = torch.where(rank >= taken, first[expert] + rank - taken, place)
+            self.batches.append((active.to(indices.device), end, room))
+            end, taken = end + room * len(active), taken + room
+            active = (counts > taken).nonzero()[:, 0]
+        left = counts - taken
+        for i in (left > 0).nonzero()[:, 0].tolist():
+            first[i] = end
+            self.singles.append((i, end, end := end + int(left[i])))
+        place = torch.where(rank >= taken, first[expert] + rank - taken, place)
+        self.idle = [] if self.batches else (counts == 0).nonzero()[:, 0].tolist()
+        pair, slot = torch.full((end,), n * k), torch.empty_like(order)
+        pair[place], slot[order] = order, place
+        self.pair, self.slot = pair.to(indices.device), slot.view(n, k).to(indices.device)
+        self.token = self.pair % (n * k) // k
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (S, K) · the weight (E, K, M) of each slot's expert -> (S, M)."""
+        out = x.new_empty(x.shape[0], weight.shape[2])
+        for experts, start, room in self.batches:
+            some = weight if len(experts) == self.n_experts else weight[experts]
+            rows = slice(start, start + len(experts) * room)
+            torch.bmm(x[rows].unflatten(0, (-1, room)), some, out=out[rows].unflatten(0, (-1, room)))
+        for expert, start, end in self.singles:
+            torch.mm(x[start:end], weight[expert], out=out[start:end])
+        return out
+
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        """xᵀ · y over the slots of each expert: (S, K), (S, M) -> (E, K, M)."""
+        out = x.new_empty(self.n_experts, x.shape[1], y.shape[1])
+        for i, (experts, start, room) in enumerate(self.batches):
+            left, right = (t[start : start + len(experts) * room].unflatten(0, (-1, room)) for t in (x, y))
+            if i == 0:  # every expert is in the first
+                torch.bmm(left.transpose(1, 2), right, out=out)
+            else:
+                out.index_add_(0, experts, torch.bmm(left.transpose(1, 2), right))
+        for expert, start, end in self.singles:
+            out[expert].addmm_(x[start:end].t(), y[start:end], beta=1 if self.batches else 0)
+        out[self.idle] = 0
+        return out
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """(n, k) -> (S,)"""
+        return torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, self.pair)
+
+
+# Autograd's own gradients of these would add into zeros row by row, and make a weight's gradient for each expert.
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens (n, D) -> slots (S, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: _Slots) -> Tensor:
+        ctx.slots = slots
+        return x.index_select(0, slots.token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return F.embedding_bag(ctx.slots.slot, grad, mode="sum"), None
+
+
+class _Collect(torch.autograd.Function):
+    """Slots (S, D) -> tokens (n, D): the sum over each token's choices, always in their order."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, slots: _Slots) -> Tensor:
+        ctx.slots = slots
+        return F.embedding_bag(slots.slot, y, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.slots.token), None
+
+
+class _Linear(torch.autograd.Function):
+    """x (S, K) · transposed weight (E, M, K) of each slot's expert -> (S, M)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, slots: _Slots) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.slots = slots
+        return slots.product(x, weight.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        for_x = ctx.slots.product(grad, weight) if ctx.needs_input_grad[0] else None
+        return for_x, ctx.slots.outer(grad, x) if ctx.needs_input_grad[1] else None, None
+
+
+def batch_room(n_pairs: int, n_experts: int) -> int:
+    """How many slots each of the experts gets in one batched product; 0: a product for each is faster."""
+    mean, (least, most) = n_pairs / max(n_experts, 1), PADDED
+    return 4 * math.ceil(HEADROOM * mean / 4) if n_experts > LONE and least <= mean <= most else 0
+
+
+def experts_slotted(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Batched products over slots, weights where they lie. The host has to know how many pairs each expert has, and
+    waits for the device."""
+    slots = _Slots(indices, gate_up.shape[0])
+    hidden = swiglu(_Linear.apply(_Spread.apply(x, slots), gate_up, slots))
+    hidden = hidden * slots.weights(weights).to(x.dtype)[:, None]
+    return _Collect.apply(_Linear.apply(hidden, down, slots), slots)
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The right path, by a measured rule (experiments/LOG.md, entries 11 and 15).
+    """The right path, by a measured rule (experiments/LOG.md, entries 11, 15 and 16).
 
-    Many pairs: grouped. So few, without gradients, that most experts idle: a GPU gathers, a CPU reads weights in place;
-    compiled, fused up to SHARED pairs an expert. Where the grouped kernels do not reach (see GROUPED, and widths that
-    are no multiple of 8) listed, or compiled, where the host cannot know how many experts have tokens, fused.
+    A CPU: slots. A GPU: gathered where most experts idle and no gradient flows, else grouped; slots where the grouped
+    kernels do not reach (see GROUPED, and widths that are no multiple of 8). Compiled, where the host cannot know how
+    many pairs an expert has: grouped; fused up to SHARED pairs an expert, or where the grouped kernels do not reach.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     suits = x.dtype in GROUPED.get(x.device.type, ()) and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
     n_pairs, n_experts, forward_only = indices.numel(), gate_up.shape[0], not torch.is_grad_enabled()
+    path = experts_slotted
     if torch.compiler.is_compiling():
         fused = not suits or (forward_only and n_pairs <= SHARED * n_experts)
-        return (experts_fused if fused else experts_grouped)(x, gate_up, down, indices, weights)
-    few = n_pairs * FEW <= n_experts and forward_only
-    if few and x.device.type == "cuda":
-        return experts_gathered(x, gate_up, down, indices, weights)
-    path = experts_grouped if suits and not few else experts_listed
+        path = experts_fused if fused else experts_grouped
+    elif x.device.type == "cuda":
+        if forward_only and n_pairs * FEW <= n_experts:
+            path = experts_gathered
+        elif suits:
+            path = experts_grouped
     return path(x, gate_up, down, indices, weights)
