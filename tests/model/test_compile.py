@@ -89,6 +89,22 @@ def test_decoding_compiled_gives_the_same_and_compiles_for_one_token_only(kind: 
     differ(decode(compiled, tokens, 2), decode(model, tokens, 3))
 
 
+@pytest.mark.parametrize("kind", ["gqa-moe-act", "mla-dense-kl"])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_a_prompt_fills_a_cache_compiled(kind: str, unroll: bool) -> None:
+    model, compiled = pair(kind)
+    compiled.compile(backend="aot_eager", unroll=unroll)
+    tokens = tokens_for(model.config, 2, 9)
+    chunks = (tokens[:, :4], tokens[:, 4:8], tokens[:, 8:])  # the second attends to the first by a mask
+    found = []
+    for m in (model, compiled):
+        cache = Cache(m.config, batch_size=2, max_len=9, dtype=torch.float64)
+        with torch.inference_mode():
+            found.append(torch.cat([m(chunk, n_loops=3, cache=cache).logits for chunk in chunks], 1))
+    close(found[1], found[0])
+    differ(compiled(tokens, n_loops=2).logits, found[0])
+
+
 def test_unrolled_gives_the_same() -> None:
     model, compiled = pair("gqa-moe-act")
     compiled.compile(unroll=True)
