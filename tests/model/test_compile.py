@@ -89,8 +89,7 @@ def test_decoding_compiled_gives_the_same_and_compiles_for_one_token_only(kind: 
     differ(decode(compiled, tokens, 2), decode(model, tokens, 3))
 
 
-@pytest.mark.parametrize("kind", ["gqa-moe-act", "mla-dense-kl"])
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize(("kind", "unroll"), [("gqa-moe-act", False), ("mla-dense-kl", True)])
 def test_a_prompt_fills_a_cache_compiled(kind: str, unroll: bool) -> None:
     model, compiled = pair(kind)
     compiled.compile(backend="aot_eager", unroll=unroll)

@@ -95,13 +95,13 @@ class RecurrentDepthTransformer(nn.Module):
     def compile(self, *, unroll: bool = False, **options: Any) -> None:
         """Compile prelude, loop and coda in place, without graph breaks: one graph of the loop serves every loop count.
 
-        unroll: one graph of all loops instead, compiled anew for each depth; without exit rules. Faster where a loop
+        unroll: one graph of everything instead, compiled anew for each depth; without exit rules. Faster where a loop
             is short, as for one token. options: torch.compile's.
         """
         torch.compiler.config.dynamic_sources = "L['turn'].loop, L['run'].cache.length, L['kv'].length"
         lean = {} if "mode" in options else {"options": {"size_asserts": False, "alignment_asserts": False}}
         how: Any = {"fullgraph": True, "isolate_recompiles": True, "recompile_limit": 64, **lean, **options}
-        for name in ("prelude", "_recur" if unroll else "_step", "coda", "logits"):
+        for name in ("_compute",) if unroll else ("prelude", "_step", "coda", "logits"):
             setattr(self, name, partial(torch.compile(getattr(type(self), name), **how), self))
 
     def init_weights(self, seed: int = 0) -> None:
@@ -312,19 +312,24 @@ class RecurrentDepthTransformer(nn.Module):
         late = depth.starts is not None and depth.starts.shape[1] > 1
         require(not late or documents is not None, "documents", None, "given where budgets start late within a row")
         context = self.context(x, positions=positions, documents=documents, cache=cache, key=key, capture=capture)
-        kv = cache if cache is not None else Passing()
-        h = self.prelude(x, context, kv)
-        out = Output(None, h, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
-        if not self.config.is_plain:
-            out.trajectory = [] if trajectory else None
-            weigh = weigh or self.config.halting == "act"
-            compact = (x.device.type == "cpu" if compact is None else compact) and capture is None
-            h = self._recur(h, context, Run(depth, cache, exit, backprop_loops, checkpoint, weigh, compact), out)
-        out.hidden = self.coda(h, context, kv)
+        weigh = weigh or self.config.halting == "act"
+        compact = (x.device.type == "cpu" if compact is None else compact) and capture is None
+        run = Run(depth, cache, exit, backprop_loops, checkpoint, weigh, compact)
+        out = Output(None, x, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
+        out.trajectory = [] if trajectory and not self.config.is_plain else None
+        self._compute(x, context, run, out, return_logits)
         if cache is not None:
             cache.commit()
-        out.logits = self.logits(out.hidden) if return_logits else None
         return out
+
+    def _compute(self, x: Tensor, context: Context, run: Run, out: Output, return_logits: bool) -> None:
+        """From embeddings to logits, into `out`."""
+        kv = run.cache if run.cache is not None else Passing()
+        h = self.prelude(x, context, kv)
+        if not self.config.is_plain:
+            h = self._recur(h, context, run, out)
+        out.hidden = self.coda(h, context, kv)
+        out.logits = self.logits(out.hidden) if return_logits else None
 
     def _recur(self, e: Tensor, context: Context, run: Run, out: Output) -> Tensor:
         """Run the recurrence, note in `out` what happened, and return what the coda reads, in the batch's order."""
@@ -345,12 +350,11 @@ class RecurrentDepthTransformer(nn.Module):
         assert state is not None
         if balance:
             out.aux["balance"] = torch.stack(balance).sum() / n_rows
-        depth = run.depth
-        out.loops_used = depth.restore(state.loops_used)
+        out.loops_used = run.depth.restore(state.loops_used)
         if state.halt is not None and isinstance(self.halting.head, ActHead):
-            ponder = out.loops_used + depth.restore(state.halt.remainder)
+            ponder = out.loops_used + run.depth.restore(state.halt.remainder)
             out.aux["ponder"] = ponder.mean() if real is None else (ponder * real).sum() / real.sum()
-        return depth.restore(self.read_out(state))
+        return run.depth.restore(self.read_out(state))
 
     def read_out(self, state: LoopState) -> Tensor:
         """What the coda reads of a state: (m, T, D)."""

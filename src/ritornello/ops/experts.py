@@ -191,8 +191,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return F.embedding_bag(ctx.slots.slot, grad, mode="sum"), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return F.embedding_bag(ctx.slots.slot, grads[0], mode="sum"), None
 
 
 class _Collect(torch.autograd.Function):
@@ -205,8 +205,8 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.slots.token), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.slots.token), None
 
 
 class _Linear(torch.autograd.Function):
@@ -220,9 +220,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grads[0].contiguous()
         for_x = ctx.slots.product(grad, weight) if ctx.needs_input_grad[0] else None
         return for_x, ctx.slots.outer(grad, x) if ctx.needs_input_grad[1] else None, None
 

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 FEW = 16  # rows, up to which weight · xᵀ is the faster order in float32
 
 
