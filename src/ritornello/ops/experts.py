@@ -191,7 +191,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:  # pyrefly: ignore
         return F.embedding_bag(ctx.slots.slot, grads[0], mode="sum"), None
 
 
@@ -205,7 +205,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:  # pyrefly: ignore
         return grads[0].index_select(0, ctx.slots.token), None
 
 
@@ -220,7 +220,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:  # pyrefly: ignore
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         for_x = ctx.slots.product(grad, weight) if ctx.needs_input_grad[0] else None
