@@ -18,10 +18,12 @@ Row = dict[str, Any]
 
 
 def train_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for shape in ("S1", "S2"):
-        for attention in ("gqa", "mla"):
-            for dtype in ("fp32", "bf16"):
-                yield from training.rows(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
+    for dtype in ("fp32", "bf16"):
+        for shape in ("S1", "S2"):
+            for attention in ("gqa", "mla"):
+                yield training.beside_openmythos(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
+        yield from training.beside_parcae(dtype, n=n, ceiling=ceilings[dtype])
+        yield from training.beside_transformers(dtype, n=n, ceiling=ceilings[dtype])
 
 
 def depth_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:

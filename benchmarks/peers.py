@@ -38,16 +38,92 @@ def count_loops(model: Any) -> tuple[Callable[[], object], list[int]]:
     return handle.remove, calls
 
 
-def training_step(model: nn.Module, tokens: Tensor, *, bf16: bool) -> Callable[[], float]:
+def parcae(*, value_embeddings: bool) -> nn.Module:
+    """Parcae's 140M. value_embeddings: with the three tables (75M numbers) that add token values to attention."""
+    from parcae_lm import create_model  # pyrefly: ignore
+
+    model = create_model("parcae-small-140m")
+    if not value_embeddings:
+        model.value_embeds.clear()
+    return model
+
+
+def llama(config: ModelConfig) -> nn.Module:
+    """transformers' Llama with a plain model's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = config
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            intermediate_size=c.ffn_dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            tie_word_embeddings=c.tie_embeddings,
+            use_cache=False,
+        )
+    )
+
+
+def deepseek(config: ModelConfig) -> nn.Module:
+    """transformers' DeepSeek-V3 with the layers of a model that loops once."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    c = config
+    shared = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_shared_experts")
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **{name: getattr(c, name) for name in shared},
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            intermediate_size=c.ffn_dim,
+            moe_intermediate_size=c.expert_dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_heads,
+            n_routed_experts=c.n_experts,
+            num_experts_per_tok=c.n_active_experts,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=c.n_prelude_layers,
+            tie_word_embeddings=c.tie_embeddings,
+            routed_scaling_factor=1.0,
+            use_cache=False,
+        )
+    )
+
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def logits_loss(model: nn.Module) -> Forward:
+    """inputs, labels (B, T) -> the mean cross-entropy, of a model that gives logits."""
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        out = model(inputs)
+        return F.cross_entropy(getattr(out, "logits", out).flatten(0, 1).float(), labels.flatten())
+
+    return loss
+
+
+def parcae_loss(model: nn.Module, n_loops: int) -> Forward:
+    """Parcae takes the loops without and with gradient, and computes its loss itself."""
+    return lambda inputs, labels: model(inputs, labels=labels.contiguous(), num_steps_pair=torch.tensor([0, n_loops]))[
+        "loss"
+    ]
+
+
+def training_step(model: nn.Module, loss_of: Forward, tokens: Tensor, *, bf16: bool) -> Callable[[], float]:
     """What our trainer does in a step: cross-entropy, gradients, clipping, fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,5 +1,6 @@
 """The shapes that every side is measured at."""
 
+from dataclasses import replace
 from typing import Any
 
 from ritornello.config import ModelConfig, TrainConfig
@@ -33,7 +34,39 @@ def mixture(name: str, *, attention: str = "gqa", n_loops: int = 8) -> ModelConf
     )
 
 
-BATCH = {"S1": (4, 256), "S2": (4, 512)}  # sequences, tokens
+def dense(*, plain: bool = False, n_loops: int = 8) -> ModelConfig:
+    """S3, Parcae's shape of 140M without its value embeddings: two layers, two looped ones, two layers. plain: six."""
+    return ModelConfig(
+        vocab_size=32_768,
+        dim=768,
+        n_heads=6,
+        n_kv_heads=6,
+        head_dim=128,
+        ffn="dense",
+        ffn_dim=2048,  # SwiGLU; Parcae's has two matrices of 3072, as many numbers
+        n_prelude_layers=3 if plain else 2,
+        n_recurrent_layers=0 if plain else 2,
+        n_coda_layers=3 if plain else 2,
+        n_loops=1 if plain else n_loops,
+        lora_rank=0,
+        loop_embedding=False,
+    )
+
+
+def once(name: str) -> ModelConfig:
+    """MLA and experts as in DeepSeek-V3, run once: two dense layers and one of experts."""
+    return replace(
+        mixture(name, attention="mla", n_loops=1),
+        n_coda_layers=0,
+        n_shared_experts=2,
+        lora_rank=0,
+        loop_embedding=False,
+        halting="none",
+        read_out="last",
+    )
+
+
+BATCH = {"S1": (4, 256), "S2": (4, 512), "S3": (2, 512)}  # sequences, tokens
 
 
 def training(n_loops: int, precision: str) -> TrainConfig:

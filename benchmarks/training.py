@@ -1,4 +1,4 @@
-"""A whole training step beside OpenMythos: the same shape, loops, tokens and optimizer on both sides."""
+"""A whole training step beside that of others: the same shape, loops, tokens and optimizer on both sides."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks import peers
-from benchmarks.shapes import BATCH, VOCAB, mixture, training
+from benchmarks.shapes import BATCH, dense, mixture, once, training
 from benchmarks.timing import paired
 from ritornello.accounting import count_parameters, flops_per_token
 from ritornello.config import ModelConfig, TrainConfig
@@ -18,7 +19,6 @@ from ritornello.train.optim import build_optimizers
 from ritornello.train.step import train_step
 
 N_LOOPS = 8
-N_PARAMETERS_APART = 0.1  # of the peer's: the shapes agree, its adapters and norms are its own
 
 
 def ours(config: ModelConfig, train: TrainConfig, tokens: np.ndarray) -> Callable[[], float]:
@@ -36,33 +36,73 @@ def ours(config: ModelConfig, train: TrainConfig, tokens: np.ndarray) -> Callabl
     return lambda: float(train_step(model, optimizers, batch, train=train, step=next(steps))["loss"])
 
 
-def rows(shape: str, attention: str, dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:
-    config, train = mixture(shape, attention=attention, n_loops=N_LOOPS), training(N_LOOPS, dtype)
-    n_sequences, length = BATCH[shape]
-    tokens = np.random.default_rng(0).integers(VOCAB, size=(n_sequences, length + 1))
-    peer = peers.openmythos(config)
+def compare(
+    config: ModelConfig,
+    peer: nn.Module,
+    loss_of: peers.Forward,
+    *,
+    shape: str,
+    dtype: str,
+    name: str,
+    n: int,
+    ceiling: float,
+    apart: float = 0.1,
+    count: tuple[Callable[[], object], list[int]] | None = None,
+) -> dict[str, Any]:
+    """The row of a whole step. apart: how far the numbers of parameters may differ, as adapters and norms do; count:
+    the peer's loops (see peers.count_loops)."""
+    n_sequences, length = BATCH[shape[:2]]
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(n_sequences, length + 1))
     theirs, total = sum(p.numel() for p in peer.parameters()), count_parameters(config)["total"]
-    assert abs(total / theirs - 1) < N_PARAMETERS_APART, (total, theirs)
-    step = peers.training_step(peer, torch.from_numpy(tokens), bf16=dtype == "bf16")
-    stop, loops = peers.count_loops(peer)
-    first, our_step = step(), ours(config, train, tokens)
-    stop()
-    assert len(loops) == N_LOOPS, loops
+    assert abs(theirs / total - 1) <= apart, (total, theirs)
+    step = peers.training_step(peer, loss_of, torch.from_numpy(tokens), bf16=dtype == "bf16")
+    first, our_step = step(), ours(config, training(config.n_loops, dtype), tokens)
+    if count is not None:
+        stop, loops = count
+        stop()
+        assert len(loops) == config.n_loops, loops
     assert abs(our_step() - first) < 1  # both know nothing yet: about log V
     found = paired(our_step, step, n=n, warmup=0)
-    flops = (
-        n_sequences
-        * length
-        * flops_per_token(config, seq_len=length, n_loops=N_LOOPS, training=True, convention="full")
-    )
-    yield {
+    per_token = flops_per_token(config, seq_len=length, n_loops=config.n_loops, training=True, convention="full")
+    return {
         "bench": "training",
         "shape": shape,
-        "attention": attention,
+        "attention": config.attention,
         "dtype": dtype,
         "metric": "seconds a step",
         **asdict(found),
-        "peer_name": "open-mythos 0.5.0",
+        "peer_name": name,
         "ceiling": ceiling,
-        "utilisation": flops / found.ours / ceiling,
+        "utilisation": n_sequences * length * per_token / found.ours / ceiling,
     }
+
+
+def beside_openmythos(shape: str, attention: str, dtype: str, *, n: int, ceiling: float) -> dict[str, Any]:
+    config = mixture(shape, attention=attention, n_loops=N_LOOPS)
+    peer = peers.openmythos(config)
+    count = peers.count_loops(peer)
+    how: Any = {"shape": shape, "dtype": dtype, "n": n, "ceiling": ceiling, "count": count}
+    return compare(config, peer, peers.logits_loss(peer), name="open-mythos 0.5.0", **how)
+
+
+def beside_parcae(dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:
+    """Its model computes with as many numbers as ours once its value embeddings are left out."""
+    for tables in (False, True):
+        config, peer = dense(n_loops=N_LOOPS), peers.parcae(value_embeddings=tables)
+        how: Any = {"shape": "S3", "dtype": dtype, "n": n, "ceiling": ceiling}
+        name = "parcae-lm 0.1.0" if tables else "parcae-lm 0.1.0, no value embeddings"
+        yield compare(config, peer, peers.parcae_loss(peer, N_LOOPS), name=name, apart=1.2 if tables else 0.1, **how)
+
+
+def beside_transformers(dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:
+    """Models that do not loop: Llama, and DeepSeek-V3 with one layer of experts."""
+    import transformers
+
+    for name, shape, config, make in (
+        ("Llama", "S3", dense(plain=True), peers.llama),
+        ("DeepSeek-V3", "S2", once("S2"), peers.deepseek),
+    ):
+        peer = make(config)
+        how: Any = {"shape": f"{shape}, no loops", "dtype": dtype, "n": n, "ceiling": ceiling}
+        name = f"transformers {transformers.__version__} {name}"
+        yield compare(config, peer, peers.logits_loss(peer), name=name, **how)
