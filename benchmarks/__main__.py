@@ -5,12 +5,13 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import decode, depth, machine, training
+from benchmarks import decode, depth, experts, loops, machine, prefill, startup, stream, training
 from ritornello.config import pick
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,7 +23,8 @@ def train_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
         for shape in ("S1", "S2"):
             for attention in ("gqa", "mla"):
                 yield training.beside_openmythos(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
-        yield from training.beside_parcae(dtype, n=n, ceiling=ceilings[dtype])
+        if find_spec("parcae_lm"):  # its wheel on PyPI is empty: its repository has to be on the path
+            yield from training.beside_parcae(dtype, n=n, ceiling=ceilings[dtype])
         yield from training.beside_transformers(dtype, n=n, ceiling=ceilings[dtype])
 
 
@@ -36,10 +38,36 @@ def decode_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
         yield from decode.rows(attention, n=n, bandwidth=ceilings["bandwidth"])
 
 
+def expert_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
+    for shape in ("S1", "S2"):
+        for dtype in ("fp32", "bf16"):
+            yield from experts.rows(shape, dtype, n=n, ceiling=ceilings[dtype])
+
+
+def loop_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
+    for attention in ("gqa", "mla"):
+        yield from loops.rows("S1", attention, n=n)
+
+
+def prefill_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
+    for attention in ("gqa", "mla"):
+        yield from prefill.rows(attention, n=n, ceiling=ceilings["fp32"])
+
+
+def stream_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
+    for dtype in ("fp32", "bf16"):
+        yield from stream.rows(dtype, n=n, bandwidth=ceilings["bandwidth"])
+
+
 THEMES: dict[str, Callable[[int, dict[str, float]], Iterator[Row]]] = {
+    "startup": lambda n, ceilings: startup.rows(n=n),
+    "experts": expert_themes,
     "training": train_themes,
+    "loops": loop_themes,
+    "prefill": prefill_themes,
     "depth": depth_themes,
     "decode": decode_themes,
+    "stream": stream_themes,
 }
 
 
@@ -63,7 +91,11 @@ def main() -> int:
             rows.append(row)
         (RESULTS / f"{theme}.md").write_text(page(theme, rows, said), encoding="utf-8")
         every += rows
-    (RESULTS / "latest.json").write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+    latest = RESULTS / "latest.json"
+    kept = json.loads(latest.read_text(encoding="utf-8")) if latest.exists() else []
+    ran = {row["bench"] for row in every}
+    every = [row for row in kept if row["bench"] not in ran] + every
+    latest.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

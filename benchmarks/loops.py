@@ -1,0 +1,97 @@
+"""What a loop costs: time in proportion, memory flat beyond the backprop depth, keys and values of MLA to the byte."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import BATCH, VOCAB, mixture
+from benchmarks.timing import paired
+from ritornello.model.cache import Cache
+from ritornello.model.depth import Depth
+from ritornello.model.rdt import RecurrentDepthTransformer, Run
+
+LOOPS = (1, 2, 4, 8, 16, 32)
+BACKPROP = 4
+Recurrence = Callable[[int], Tensor]
+
+
+def recurrence(model: RecurrentDepthTransformer, tokens: Tensor, *, train: bool, backprop_loops: int = 0) -> Recurrence:
+    """The loop alone, by its number of loops; train: with its gradients."""
+    with torch.no_grad():
+        x = model.embed(tokens)
+        context = model.context(x)
+
+    def run(n_loops: int) -> Tensor:
+        how = Run(Depth.of(n_loops, (x.shape[0], x.shape[1])), backprop_loops=min(backprop_loops, n_loops - 1))
+        with torch.set_grad_enabled(train):
+            *_, last = model.iterate(x, context, how)
+            if train:
+                model.zero_grad(set_to_none=True)
+                last.h.sum().backward()
+        return last.h.detach()
+
+    return run
+
+
+def held(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that autograd keeps for a backward pass while this runs."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    return sum(storages.values())
+
+
+def rows(shape: str, attention: str, *, n: int) -> Iterator[dict[str, Any]]:
+    config = replace(mixture(shape, attention=attention), halting="none", read_out="last")
+    model = RecurrentDepthTransformer(config)
+    tokens = torch.randint(VOCAB, BATCH[shape], generator=torch.Generator().manual_seed(0))
+    common = {"bench": "loops", "shape": shape, "attention": attention, "dtype": "fp32"}
+    for train in (False, True):
+        run, name = recurrence(model, tokens, train=train), "training" if train else "prefill"
+        assert not torch.equal(run(1), run(2))
+        for few, many in pairwise(LOOPS):
+            found = paired(lambda: run(many), lambda: (run(few), run(few)), n=n)  # noqa: B023
+            yield common | {
+                "metric": f"{name}, seconds, {many} loops",
+                **asdict(found),
+                "peer_name": f"twice {few} loops",
+                "ceiling": 2 / 2.05,
+                "utilisation": found.ratio,
+            }
+    kept = [held(lambda: recurrence(model, tokens, train=True, backprop_loops=BACKPROP)(i)) for i in (8, 32)]  # noqa: B023
+    whole = held(lambda: recurrence(model, tokens, train=True)(32))
+    assert whole > 3 * kept[1], "the measure sees loops that keep their activations"
+    yield common | {
+        "metric": f"bytes kept for the backward pass, 32 loops, {BACKPROP} with gradients",
+        "ours": float(kept[1]),
+        "peer": float(kept[0]),
+        "ratio": kept[0] / kept[1],
+        "n": 1,
+        "peer_name": "8 loops",
+        "ceiling": 1.0,
+        "utilisation": kept[0] / kept[1],
+    }
+    if attention == "mla":
+        cache = Cache(config, batch_size=2, max_len=64, n_loops=5)
+        numbers = sum(slots.numel() for slots in cache.slots)
+        places = sum(slots.shape[0] * slots.shape[1] * slots.shape[2] for slots in cache.slots)
+        exact = 4 * (config.kv_lora_rank + config.qk_rope_head_dim)
+        yield common | {
+            "metric": "bytes a token and slot in the cache",
+            "ours": 4 * numbers / places,
+            "peer": float(exact),
+            "ratio": exact / (4 * numbers / places),
+            "n": 1,
+            "peer_name": "(kv_lora_rank + qk_rope_head_dim) · 4",
+            "ceiling": float(exact),
+            "utilisation": exact / (4 * numbers / places),
+        }

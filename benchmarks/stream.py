@@ -1,0 +1,52 @@
+"""One token of one sequence from a dense looped model, which reads its weights once a loop: how close to the memory's
+rate that comes."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.decode import NEW
+from benchmarks.depth import decode
+from benchmarks.shapes import dense
+from benchmarks.timing import alone
+from ritornello.accounting import flops_per_token, kv_bytes_per_token
+from ritornello.model.cache import Cache
+from ritornello.model.rdt import RecurrentDepthTransformer
+
+N_LOOPS, PAST = 8, 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def rows(dtype: str, *, n: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+    config = replace(dense(n_loops=N_LOOPS), max_seq_len=PAST + NEW)
+    model = RecurrentDepthTransformer(config).eval().to(DTYPES[dtype])
+    compiled = deepcopy(model)
+    compiled.compile(unroll=True)
+    tokens = torch.randint(config.vocab_size, (1, PAST + NEW), generator=torch.Generator().manual_seed(0))
+    cache = Cache(config, batch_size=1, max_len=PAST + NEW, dtype=DTYPES[dtype])
+    with torch.inference_mode():
+        model(tokens[:, :PAST], cache=cache, return_logits=False)
+    found, defined = (decode(m, tokens, N_LOOPS, past=cache) for m in (compiled, model))
+    assert (found - defined).norm() < (1e-3 if dtype == "fp32" else 0.05) * defined.norm()
+    size = DTYPES[dtype].itemsize
+    products = flops_per_token(config, seq_len=1, n_loops=N_LOOPS, training=False, convention="decode") // 2
+    kept = kv_bytes_per_token(config, n_loops=N_LOOPS, policy="per_loop", bytes_per_number=size)
+    read = NEW * (size * products + (PAST + NEW / 2) * kept)
+    ours = alone(lambda: decode(compiled, tokens, N_LOOPS, past=cache), n=n, warmup=2)
+    yield {
+        "bench": "stream",
+        "shape": "S3",
+        "attention": "gqa",
+        "dtype": dtype,
+        "metric": f"seconds for {NEW} tokens, batch 1, after {PAST}",
+        "ours": ours,
+        "peer": read / bandwidth,
+        "ratio": read / bandwidth / ours,
+        "n": n,
+        "peer_name": "the same bytes at the memory's rate",
+        "ceiling": bandwidth,
+        "utilisation": read / ours / bandwidth,
+    }
