@@ -85,6 +85,10 @@ def test_slots(load: str, batches: list[tuple[int, int]], n_singles: int) -> Non
     slots = module._Slots(indices, E)
     assert [(len(experts), room) for experts, _, room in slots.batches] == batches
     assert len(slots.singles) == n_singles
+    assert all(end - start == (24 if load == "uneven" else 1) for _, start, end in slots.singles)
+    alike = module._Slots(indices, E, 16)
+    assert all(end - start == (32 if load == "uneven" else 1) for _, start, end in alike.singles)
+    assert torch.equal(alike.pair[alike.slot].flatten(), torch.arange(indices.numel()))
     owner = torch.full((len(slots.pair),), -1)
     for members, start, room in slots.batches:
         owner[start : start + len(members) * room] = members.repeat_interleave(room)

@@ -16,6 +16,7 @@ FEW = 12  # experts for each pair of token and choice, above which a GPU copies 
 SHARED = 2  # pairs for each expert, up to which a compiled path reads weights for every pair
 PADDED = 0.75, 48.0  # pairs for each expert, between which a padded batched product beats a product for each expert
 HEADROOM = 1.25  # what a batched product has room for, over the mean
+ALIKE = 32  # slots, in whose multiples an expert's bfloat16 rows are multiplied: each number of rows has a kernel made
 LONE = 8  # experts, up to which they are never worth a batched product
 GROUPED: dict[str, tuple[torch.dtype, ...]] = {  # what F.grouped_mm is used for, by device
     "cuda": (torch.bfloat16, torch.float16),
@@ -122,7 +123,8 @@ class _Slots:
     first slot, slots of each. singles: expert, first slot, end.
     """
 
-    def __init__(self, indices: Tensor, n_experts: int) -> None:
+    def __init__(self, indices: Tensor, n_experts: int, alike: int = 1) -> None:
+        """alike: more slots of a single come in multiples of this."""
         n, k = indices.shape
         flat = indices.flatten().cpu()
         order, counts = flat.argsort(stable=True), flat.bincount(minlength=n_experts)
@@ -139,8 +141,9 @@ class _Slots:
             active = (counts > taken).nonzero()[:, 0]
         left = counts - taken
         for i in (left > 0).nonzero()[:, 0].tolist():
-            first[i] = end
-            self.singles.append((i, end, end := end + int(left[i])))
+            first[i], count = end, int(left[i])
+            size = alike * math.ceil(count / alike) if count > alike else count
+            self.singles.append((i, end, end := end + size))
         place = torch.where(rank >= taken, first[expert] + rank - taken, place)
         self.idle = [] if self.batches else (counts == 0).nonzero()[:, 0].tolist()
         pair, slot = torch.full((end,), n * k), torch.empty_like(order)
@@ -236,7 +239,7 @@ def batch_room(n_pairs: int, n_experts: int) -> int:
 def experts_slotted(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Batched products over slots, weights where they lie. The host has to know how many pairs each expert has, and
     waits for the device."""
-    slots = _Slots(indices, gate_up.shape[0])
+    slots = _Slots(indices, gate_up.shape[0], ALIKE if x.dtype.itemsize < 4 else 1)
     hidden = swiglu(_Linear.apply(_Spread.apply(x, slots), gate_up, slots))
     hidden = hidden * slots.weights(weights).to(x.dtype)[:, None]
     return _Collect.apply(_Linear.apply(hidden, down, slots), slots)
