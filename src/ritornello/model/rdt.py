@@ -101,7 +101,7 @@ class RecurrentDepthTransformer(nn.Module):
         torch.compiler.config.dynamic_sources = "L['turn'].loop, L['run'].cache.length, L['kv'].length"
         lean = {} if "mode" in options else {"options": {"size_asserts": False, "alignment_asserts": False}}
         how: Any = {"fullgraph": True, "isolate_recompiles": True, "recompile_limit": 64, **lean, **options}
-        for name in ("_compute",) if unroll else ("prelude", "_step", "coda", "logits"):
+        for name in ("_compute", "logits") if unroll else ("prelude", "_step", "coda", "logits"):
             setattr(self, name, partial(torch.compile(getattr(type(self), name), **how), self))
 
     def init_weights(self, seed: int = 0) -> None:

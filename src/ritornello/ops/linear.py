@@ -10,8 +10,8 @@ FEW = 16  # rows, up to which weight · xᵀ is the faster order in float32
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) · weightᵀ, weight (N, K) -> (..., N).
 
-    On a CPU few rows of float32 are multiplied the other way around, and are returned transposed in memory: BLAS takes
-    up to five times as long for x · weightᵀ. Compiled, one row becomes a sum of products, which the compiler fuses with
+    On a CPU few rows of float32 are multiplied the other way around, and the result is copied into order: BLAS takes up
+    to five times as long for x · weightᵀ. Compiled, one row becomes a sum of products, which the compiler fuses with
     what stands around it and reads the weight once from end to end (experiments/LOG.md, entries 15 and 16).
     """
     n_rows = x.shape[:-1].numel()
@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and n_rows == 1:
         return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
     if x.dtype == weight.dtype == torch.float32 and n_rows > 1 and not torch.is_autocast_enabled("cpu"):
-        return (weight @ x.reshape(n_rows, -1).t()).t().view(*x.shape[:-1], -1)
+        return (weight @ x.reshape(n_rows, -1).t()).t().reshape(*x.shape[:-1], -1).contiguous()
     return F.linear(x, weight)
 
 
