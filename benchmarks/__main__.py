@@ -102,7 +102,7 @@ def main() -> int:
 def page(theme: str, rows: list[Row], said: str) -> str:
     columns = ("shape", "attention", "dtype", "metric", "ours", "peer", "peer_name", "ratio", "utilisation", "n")
     shown = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)  # noqa: E731
-    lines = [" | ".join(columns), "|".join("---" for _ in columns)]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(shown(row[name]) for name in columns) for row in rows]
     table = "".join(f"| {line} |\n" for line in lines)
     how = "Medians of n turns; ratio: the peer's time over ours, turn by turn."
