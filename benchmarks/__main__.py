@@ -4,70 +4,47 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from itertools import chain, product, starmap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import decode, depth, experts, loops, machine, prefill, startup, stream, training
+from benchmarks.shapes import DTYPES
 from ritornello.config import pick
 
+ATTENTIONS = ("gqa", "mla")
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
+def each(rows: Callable[..., Iterable[Row]], *values: Iterable[str]) -> Iterator[Row]:
+    """The rows of every combination of values."""
+    return chain.from_iterable(starmap(rows, product(*values)))
+
+
 def train_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for dtype in ("fp32", "bf16"):
+    for dtype in DTYPES:
         for shape in ("S1", "S2"):
-            for attention in ("gqa", "mla"):
+            for attention in ATTENTIONS:
                 yield training.beside_openmythos(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
         if find_spec("parcae_lm"):  # its wheel on PyPI is empty: its repository has to be on the path
             yield from training.beside_parcae(dtype, n=n, ceiling=ceilings[dtype])
         yield from training.beside_transformers(dtype, n=n, ceiling=ceilings[dtype])
 
 
-def depth_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for attention in ("gqa", "mla"):
-        yield from depth.rows("S1", attention, n=n)
-
-
-def decode_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for attention in ("gqa", "mla"):
-        yield from decode.rows(attention, n=n, bandwidth=ceilings["bandwidth"])
-
-
-def expert_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for shape in ("S1", "S2"):
-        for dtype in ("fp32", "bf16"):
-            yield from experts.rows(shape, dtype, n=n, ceiling=ceilings[dtype])
-
-
-def loop_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for attention in ("gqa", "mla"):
-        yield from loops.rows("S1", attention, n=n)
-
-
-def prefill_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for attention in ("gqa", "mla"):
-        yield from prefill.rows(attention, n=n, ceiling=ceilings["fp32"])
-
-
-def stream_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
-    for dtype in ("fp32", "bf16"):
-        yield from stream.rows(dtype, n=n, bandwidth=ceilings["bandwidth"])
-
-
-THEMES: dict[str, Callable[[int, dict[str, float]], Iterator[Row]]] = {
-    "startup": lambda n, ceilings: startup.rows(n=n),
-    "experts": expert_themes,
+THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
+    "startup": lambda n, most: startup.rows(n=n),
+    "experts": lambda n, most: each(lambda s, d: experts.rows(s, d, n=n, ceiling=most[d]), ("S1", "S2"), DTYPES),
     "training": train_themes,
-    "loops": loop_themes,
-    "prefill": prefill_themes,
-    "depth": depth_themes,
-    "decode": decode_themes,
-    "stream": stream_themes,
+    "loops": lambda n, most: each(lambda a: loops.rows("S1", a, n=n), ATTENTIONS),
+    "prefill": lambda n, most: each(lambda a: prefill.rows(a, n=n, ceiling=most["fp32"]), ATTENTIONS),
+    "depth": lambda n, most: each(lambda a: depth.rows("S1", a, n=n), ATTENTIONS),
+    "decode": lambda n, most: each(lambda a: decode.rows(a, n=n, bandwidth=most["bandwidth"]), ATTENTIONS),
+    "stream": lambda n, most: each(lambda d: stream.rows(d, n=n, bandwidth=most["bandwidth"]), DTYPES),
 }
 
 
@@ -76,8 +53,7 @@ def main() -> int:
     parser.add_argument("themes", nargs="*", metavar="theme", help=f"{', '.join(THEMES)}; default: all")
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    ceilings = {name: machine.matmul_ceiling(dtype) for name, dtype in dtypes.items()}
+    ceilings = {name: machine.matmul_ceiling(dtype) for name, dtype in DTYPES.items()}
     said = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; largest matmul rate "
     said += ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in ceilings.items())
     ceilings["bandwidth"] = machine.bandwidth()

@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import BATCH, mixture
+from benchmarks.shapes import BATCH, DTYPES, mixture
 from benchmarks.timing import paired
 from ritornello.ops.experts import experts, experts_grouped, experts_ref
 
-SPREAD = (
-    0.1  # the standard deviation of what an expert's scores have in common: the fullest has two to four times the mean
-)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SPREAD = 0.1  # deviation of what an expert's scores have in common: the fullest has two to four times the mean
 
 
 def rows(shape: str, dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import BATCH, VOCAB, mixture
-from benchmarks.timing import paired
+from benchmarks.timing import limited, paired
 from ritornello.model.cache import Cache
 from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer, Run
@@ -70,28 +70,12 @@ def rows(shape: str, attention: str, *, n: int) -> Iterator[dict[str, Any]]:
     kept = [held(lambda: recurrence(model, tokens, train=True, backprop_loops=BACKPROP)(i)) for i in (8, 32)]  # noqa: B023
     whole = held(lambda: recurrence(model, tokens, train=True)(32))
     assert whole > 3 * kept[1], "the measure sees loops that keep their activations"
-    yield common | {
-        "metric": f"bytes kept for the backward pass, 32 loops, {BACKPROP} with gradients",
-        "ours": float(kept[1]),
-        "peer": float(kept[0]),
-        "ratio": kept[0] / kept[1],
-        "n": 1,
-        "peer_name": "8 loops",
-        "ceiling": 1.0,
-        "utilisation": kept[0] / kept[1],
-    }
+    metric = f"bytes kept for the backward pass, 32 loops, {BACKPROP} with gradients"
+    yield common | limited(metric, kept[1], kept[0], name="8 loops")
     if attention == "mla":
         cache = Cache(config, batch_size=2, max_len=64, n_loops=5)
         numbers = sum(slots.numel() for slots in cache.slots)
         places = sum(slots.shape[0] * slots.shape[1] * slots.shape[2] for slots in cache.slots)
         exact = 4 * (config.kv_lora_rank + config.qk_rope_head_dim)
-        yield common | {
-            "metric": "bytes a token and slot in the cache",
-            "ours": 4 * numbers / places,
-            "peer": float(exact),
-            "ratio": exact / (4 * numbers / places),
-            "n": 1,
-            "peer_name": "(kv_lora_rank + qk_rope_head_dim) · 4",
-            "ceiling": float(exact),
-            "utilisation": exact / (4 * numbers / places),
-        }
+        name = "(kv_lora_rank + qk_rope_head_dim) · 4"
+        yield common | limited("bytes a token and slot in the cache", 4 * numbers / places, exact, name=name)

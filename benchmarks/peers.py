@@ -48,50 +48,43 @@ def parcae(*, value_embeddings: bool) -> nn.Module:
     return model
 
 
-def llama(config: ModelConfig) -> nn.Module:
+def _shape(c: ModelConfig) -> dict[str, Any]:
+    """What transformers' models call alike."""
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "intermediate_size": c.ffn_dim,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "tie_word_embeddings": c.tie_embeddings,
+        "use_cache": False,
+    }
+
+
+def llama(c: ModelConfig) -> nn.Module:
     """transformers' Llama with a plain model's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = config
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            intermediate_size=c.ffn_dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
-            tie_word_embeddings=c.tie_embeddings,
-            use_cache=False,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**_shape(c), num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim))
 
 
-def deepseek(config: ModelConfig) -> nn.Module:
+def deepseek(c: ModelConfig) -> nn.Module:
     """transformers' DeepSeek-V3 with the layers of a model that loops once."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    c = config
-    shared = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_shared_experts")
+    same = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_shared_experts")
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
-            **{name: getattr(c, name) for name in shared},
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            intermediate_size=c.ffn_dim,
-            moe_intermediate_size=c.expert_dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
+            **_shape(c),
+            **{name: getattr(c, name) for name in same},
             num_key_value_heads=c.n_heads,
+            moe_intermediate_size=c.expert_dim,
             n_routed_experts=c.n_experts,
             num_experts_per_tok=c.n_active_experts,
             n_group=1,
             topk_group=1,
             first_k_dense_replace=c.n_prelude_layers,
-            tie_word_embeddings=c.tie_embeddings,
             routed_scaling_factor=1.0,
-            use_cache=False,
         )
     )
 
@@ -111,9 +104,8 @@ def logits_loss(model: nn.Module) -> Forward:
 
 def parcae_loss(model: nn.Module, n_loops: int) -> Forward:
     """Parcae takes the loops without and with gradient, and computes its loss itself."""
-    return lambda inputs, labels: model(inputs, labels=labels.contiguous(), num_steps_pair=torch.tensor([0, n_loops]))[
-        "loss"
-    ]
+    steps = torch.tensor([0, n_loops])
+    return lambda inputs, labels: model(inputs, labels=labels.contiguous(), num_steps_pair=steps)["loss"]
 
 
 def training_step(model: nn.Module, loss_of: Forward, tokens: Tensor, *, bf16: bool) -> Callable[[], float]:

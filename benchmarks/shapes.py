@@ -3,9 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ritornello.config import ModelConfig, TrainConfig
 
 VOCAB = 4096
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MLA: dict[str, Any] = {"kv_lora_rank": 64, "q_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
 
 

@@ -10,14 +10,13 @@ import torch
 
 from benchmarks.decode import NEW
 from benchmarks.depth import decode
-from benchmarks.shapes import dense
-from benchmarks.timing import alone
+from benchmarks.shapes import DTYPES, dense
+from benchmarks.timing import alone, limited
 from ritornello.accounting import flops_per_token, kv_bytes_per_token
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
 
 N_LOOPS, PAST = 8, 32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def rows(dtype: str, *, n: int, bandwidth: float) -> Iterator[dict[str, Any]]:
@@ -36,17 +35,6 @@ def rows(dtype: str, *, n: int, bandwidth: float) -> Iterator[dict[str, Any]]:
     kept = kv_bytes_per_token(config, n_loops=N_LOOPS, policy="per_loop", bytes_per_number=size)
     read = NEW * (size * products + (PAST + NEW / 2) * kept)
     ours = alone(lambda: decode(compiled, tokens, N_LOOPS, past=cache), n=n, warmup=2)
-    yield {
-        "bench": "stream",
-        "shape": "S3",
-        "attention": "gqa",
-        "dtype": dtype,
-        "metric": f"seconds for {NEW} tokens, batch 1, after {PAST}",
-        "ours": ours,
-        "peer": read / bandwidth,
-        "ratio": read / bandwidth / ours,
-        "n": n,
-        "peer_name": "the same bytes at the memory's rate",
-        "ceiling": bandwidth,
-        "utilisation": read / ours / bandwidth,
-    }
+    metric = f"seconds for {NEW} tokens, batch 1, after {PAST}"
+    row = limited(metric, ours, read / bandwidth, name="the same bytes at the memory's rate", n=n)
+    yield {"bench": "stream", "shape": "S3", "attention": "gqa", "dtype": dtype} | row | {"ceiling": bandwidth}

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 Work = Callable[[], object]
 
@@ -46,6 +47,13 @@ def alone(work: Work, *, n: int, warmup: int = 1) -> float:
     for _ in range(warmup):
         work()
     return statistics.median(seconds(work) for _ in range(n))
+
+
+def limited(metric: str, ours: float, limit: float, *, name: str, n: int = 1) -> dict[str, Any]:
+    """The part of a row that sets a figure beside its limit, both the smaller the better."""
+    share = limit / max(ours, 1e-3)
+    said: dict[str, Any] = {"metric": metric, "ours": ours, "peer": limit, "peer_name": name, "ratio": share, "n": n}
+    return said | {"ceiling": limit, "utilisation": share}
 
 
 def seconds(work: Work) -> float:

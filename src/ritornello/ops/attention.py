@@ -32,16 +32,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: fl
     """
     if not torch.compiler.is_compiling():  # which cannot know how long a cache's view is
         assert mask is not None or q.shape[-2] in (1, k.shape[-2]), "a chunk that follows cached tokens needs its mask"
+    if v.shape[-1] < q.shape[-1] and q.shape[-2] > 1 and q.device.type == "cpu":
+        # MLA's values are narrower than its keys: the kernel that never holds all scores takes equal widths only
+        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        return attention(q, k, wide, mask=mask, scale=scale)[..., : v.shape[-1]]
     if mask is not None and q.shape[-2] > BLOCK and q.device.type == "cpu" and not torch.compiler.is_compiling():
         return _by_blocks(q, k, v, mask, scale)
     if q.shape[-2] == 1 and q.shape[1] != k.shape[1] and (mask is None or mask.ndim < 3 or mask.shape[-3] == 1):
         # the heads that share keys as queries of one head: what `enable_gqa` repeats is then read once
         rows = q.unflatten(1, (k.shape[1], -1))[..., 0, :]
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).flatten(1, 2)[..., None, :]
-    if v.shape[-1] < q.shape[-1] and q.shape[-2] > 1 and q.device.type == "cpu":
-        # MLA's values are narrower than its keys: the kernel that never holds all scores takes equal widths only
-        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-        return attention(q, k, wide, mask=mask, scale=scale)[..., : v.shape[-1]]
     how: Any = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if mask is None and q.shape[-2] > 1:  # a branch: compiled, the comparison of a symbolic length is no bool
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)

@@ -5,6 +5,7 @@ the experts of each token. Returns (N, D). No token is dropped.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,9 +127,8 @@ class _Slots:
     def __init__(self, indices: Tensor, n_experts: int, alike: int = 1) -> None:
         """alike: more slots of a single come in multiples of this."""
         n, k = indices.shape
-        flat = indices.flatten().cpu()
-        order, counts = flat.argsort(stable=True), flat.bincount(minlength=n_experts)
-        expert = flat[order]
+        pairs = _Sorted(indices.cpu())
+        order, expert, counts = pairs.order, pairs.expert, pairs.expert.bincount(minlength=n_experts)
         rank = torch.arange(n * k) - (counts.cumsum(0) - counts)[expert]
         place, first = torch.empty_like(order), torch.empty_like(counts)
         self.n_experts, self.batches, self.singles = n_experts, [], []
@@ -139,13 +139,14 @@ class _Slots:
             self.batches.append((active.to(indices.device), end, room))
             end, taken = end + room * len(active), taken + room
             active = (counts > taken).nonzero()[:, 0]
-        left = counts - taken
-        for i in (left > 0).nonzero()[:, 0].tolist():
-            first[i], count = end, int(left[i])
-            size = alike * math.ceil(count / alike) if count > alike else count
-            self.singles.append((i, end, end := end + size))
+        left = (counts - taken).tolist()
+        for i, count in enumerate(left):
+            if count > 0:
+                first[i] = end
+                size = alike * math.ceil(count / alike) if count > alike else count
+                self.singles.append((i, end, end := end + size))
         place = torch.where(rank >= taken, first[expert] + rank - taken, place)
-        self.idle = [] if self.batches else (counts == 0).nonzero()[:, 0].tolist()
+        self.idle = [] if self.batches else [i for i, count in enumerate(left) if not count]
         pair, slot = torch.full((end,), n * k), torch.empty_like(order)
         pair[place], slot[order] = order, place
         self.pair, self.slot = pair.to(indices.device), slot.view(n, k).to(indices.device)
@@ -176,6 +177,14 @@ class _Slots:
         out[self.idle] = 0
         return out
 
+    def spread(self, x: Tensor) -> Tensor:
+        """Tokens (n, D) -> slots (S, D)."""
+        return x.index_select(0, self.token)
+
+    def collect(self, y: Tensor) -> Tensor:
+        """Slots (S, D) -> tokens (n, D): the sum over each token's choices, always in their order."""
+        return F.embedding_bag(self.slot, y, mode="sum")
+
     def weights(self, weights: Tensor) -> Tensor:
         """(n, k) -> (S,)"""
         return torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, self.pair)
@@ -184,32 +193,18 @@ class _Slots:
 # Autograd's own gradients of these would add into zeros row by row, and make a weight's gradient for each expert.
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens (n, D) -> slots (S, D)."""
+class _Move(torch.autograd.Function):
+    """A sum of rows, by the function `there`, whose gradient is moved by the function `back`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: _Slots) -> Tensor:
-        ctx.slots = slots
-        return x.index_select(0, slots.token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:  # pyrefly: ignore
-        return F.embedding_bag(ctx.slots.slot, grads[0], mode="sum"), None
-
-
-class _Collect(torch.autograd.Function):
-    """Slots (S, D) -> tokens (n, D): the sum over each token's choices, always in their order."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, slots: _Slots) -> Tensor:
-        ctx.slots = slots
-        return F.embedding_bag(slots.slot, y, mode="sum")
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:  # pyrefly: ignore
-        return grads[0].index_select(0, ctx.slots.token), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:  # pyrefly: ignore
+        return ctx.back(grads[0]), None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -240,9 +235,9 @@ def experts_slotted(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, w
     """Batched products over slots, weights where they lie. The host has to know how many pairs each expert has, and
     waits for the device."""
     slots = _Slots(indices, gate_up.shape[0], ALIKE if x.dtype.itemsize < 4 else 1)
-    hidden = swiglu(_Linear.apply(_Spread.apply(x, slots), gate_up, slots))
+    hidden = swiglu(_Linear.apply(_Move.apply(x, slots.spread, slots.collect), gate_up, slots))
     hidden = hidden * slots.weights(weights).to(x.dtype)[:, None]
-    return _Collect.apply(_Linear.apply(hidden, down, slots), slots)
+    return _Move.apply(_Linear.apply(hidden, down, slots), slots.collect, slots.spread)
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

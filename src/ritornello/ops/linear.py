@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and n_rows == 1:
         return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
     if x.dtype == weight.dtype == torch.float32 and n_rows > 1 and not torch.is_autocast_enabled("cpu"):
-        return (weight @ x.reshape(n_rows, -1).t()).t().reshape(*x.shape[:-1], -1).contiguous()
+        return (weight @ x.reshape(n_rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
