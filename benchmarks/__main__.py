@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, depth, experts, loops, machine, prefill, startup, stream, training
+from benchmarks import decode, depth, experts, learning, loops, machine, prefill, startup, stream, training
 from benchmarks.shapes import DTYPES
 from ritornello.config import pick
 
@@ -44,6 +44,7 @@ THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
     "prefill": lambda n, most: each(lambda a: prefill.rows(a, n=n, ceiling=most["fp32"]), ATTENTIONS),
     "depth": lambda n, most: each(lambda a: depth.rows("S1", a, n=n), ATTENTIONS),
     "decode": lambda n, most: each(lambda a: decode.rows(a, n=n, bandwidth=most["bandwidth"]), ATTENTIONS),
+    "learning": lambda n, most: learning.rows(n=n),
     "stream": lambda n, most: each(lambda d: stream.rows(d, n=n, bandwidth=most["bandwidth"]), DTYPES),
 }
 

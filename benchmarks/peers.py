@@ -108,17 +108,24 @@ def parcae_loss(model: nn.Module, n_loops: int) -> Forward:
     return lambda inputs, labels: model(inputs, labels=labels.contiguous(), num_steps_pair=steps)["loss"]
 
 
-def training_step(model: nn.Module, loss_of: Forward, tokens: Tensor, *, bf16: bool) -> Callable[[], float]:
+def adamw(model: nn.Module, *, lr: float = 1e-3) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def step(
+    model: nn.Module,
+    loss_of: Forward,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    bf16: bool = False,
+) -> float:
     """What our trainer does in a step: cross-entropy, gradients, clipping, fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = loss_of(inputs, labels)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.detach())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ def compare(
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(n_sequences, length + 1))
     theirs, total = sum(p.numel() for p in peer.parameters()), count_parameters(config)["total"]
     assert abs(theirs / total - 1) <= apart, (total, theirs)
-    step = peers.training_step(peer, loss_of, torch.from_numpy(tokens), bf16=dtype == "bf16")
+    pair, optimizer = torch.from_numpy(tokens), peers.adamw(peer)
+    step = partial(peers.step, peer, loss_of, optimizer, pair[:, :-1], pair[:, 1:], bf16=dtype == "bf16")
     first, our_step = step(), ours(config, training(config.n_loops, dtype), tokens)
     if count is not None:
         stop, loops = count
