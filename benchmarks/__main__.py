@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, depth, experts, learning, loops, machine, prefill, startup, stream, training
+from benchmarks import decode, depth, experts, learning, loops, machine, prefill, rounding, startup, stream, training
 from benchmarks.shapes import DTYPES
 from ritornello.config import pick
 
@@ -30,7 +30,7 @@ def train_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
     for dtype in DTYPES:
         for shape in ("S1", "S2"):
             for attention in ATTENTIONS:
-                yield training.beside_openmythos(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
+                yield from training.beside_openmythos(shape, attention, dtype, n=n, ceiling=ceilings[dtype])
         if find_spec("parcae_lm"):  # its wheel on PyPI is empty: its repository has to be on the path
             yield from training.beside_parcae(dtype, n=n, ceiling=ceilings[dtype])
         yield from training.beside_transformers(dtype, n=n, ceiling=ceilings[dtype])
@@ -44,8 +44,9 @@ THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
     "prefill": lambda n, most: each(lambda a: prefill.rows(a, n=n, ceiling=most["fp32"]), ATTENTIONS),
     "depth": lambda n, most: each(lambda a: depth.rows("S1", a, n=n), ATTENTIONS),
     "decode": lambda n, most: each(lambda a: decode.rows(a, n=n, bandwidth=most["bandwidth"]), ATTENTIONS),
+    "stream": lambda n, most: each(lambda w: stream.rows(w, n=n, bandwidth=most["bandwidth"]), stream.WEIGHTS),
+    "rounding": lambda n, most: each(rounding.rows, stream.WEIGHTS[1:]),
     "learning": lambda n, most: learning.rows(n=n),
-    "stream": lambda n, most: each(lambda d: stream.rows(d, n=n, bandwidth=most["bandwidth"]), DTYPES),
 }
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.depth import decode
@@ -32,7 +32,7 @@ def decode_mythos(forward: Forward, tokens: Tensor, past: dict[str, dict[str, Te
 
 
 def prepare(
-    model: RecurrentDepthTransformer, compiled: RecurrentDepthTransformer, peer: nn.Module, batch: int, past: int
+    model: RecurrentDepthTransformer, compiled: RecurrentDepthTransformer, peer: Any, batch: int, past: int
 ) -> tuple[Work, Callable[[Forward], Work]]:
     """Our side, checked, and how to make the peer's."""
     tokens = torch.randint(VOCAB, (batch, past + NEW), generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def prepare(
     torch.testing.assert_close(
         *(decode(m, tokens, N_LOOPS, past=cache) for m in (compiled, model)), rtol=1e-3, atol=1e-4
     )
-    stop, loops = peers.count_loops(peer)
+    stop, loops = peers.count_calls(peer.recurrent.block)
     decode_mythos(peer, tokens, theirs, past)
     stop()
     assert len(loops) == N_LOOPS * NEW, loops

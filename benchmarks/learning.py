@@ -51,7 +51,7 @@ def theirs(
 ) -> tuple[Step, Score]:
     """Its training script: AdamW, a linear warm-up, half a cosine."""
     torch.manual_seed(recipe.train.seed)
-    model = peers.openmythos(recipe.model)
+    model: Any = peers.openmythos(recipe.model)
     total = count_parameters(recipe.model)["total"]
     assert abs(sum(p.numel() for p in model.parameters()) / total - 1) < 0.1, "as many parameters on both sides"
     optimizer, loss_of, warmup = peers.adamw(model, lr=rate), peers.logits_loss(model), WARMUP * n_steps
@@ -64,7 +64,7 @@ def theirs(
         batch = batches.batch(i)
         return peers.step(model, loss_of, optimizer, *map(torch.from_numpy, (batch.tokens, batch.labels)))
 
-    stop, loops = peers.count_loops(model)
+    stop, loops = peers.count_calls(model.recurrent.block)
     with torch.no_grad():
         model(torch.from_numpy(held_out[0].tokens))
     stop()

@@ -31,10 +31,10 @@ def openmythos(config: ModelConfig) -> nn.Module:
     )
 
 
-def count_loops(model: Any) -> tuple[Callable[[], object], list[int]]:
-    """A list that gets an entry for each pass through OpenMythos' recurrent block, and how to stop that."""
+def count_calls(module: nn.Module) -> tuple[Callable[[], object], list[int]]:
+    """How to stop, and a list that until then gets an entry for each forward pass through `module`."""
     calls: list[int] = []
-    handle = model.recurrent.block.register_forward_hook(lambda *_: calls.append(1))
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
     return handle.remove, calls
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.shapes import BATCH, dense, mixture, once, training
-from benchmarks.timing import paired
+from benchmarks.timing import memory, paired
 from ritornello.accounting import count_parameters, flops_per_token
-from ritornello.config import ModelConfig, TrainConfig
+from ritornello.config import ModelConfig, TrainConfig, default_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train.data import Batch
 from ritornello.train.optim import build_optimizers
@@ -22,8 +22,7 @@ from ritornello.train.step import train_step
 N_LOOPS = 8
 
 
-def ours(config: ModelConfig, train: TrainConfig, tokens: np.ndarray) -> Callable[[], float]:
-    model = RecurrentDepthTransformer(config)
+def ours(model: RecurrentDepthTransformer, train: TrainConfig, tokens: np.ndarray) -> Callable[[], float]:
     optimizers = build_optimizers(model, train)
     n, length = tokens.shape[0], tokens.shape[1] - 1
     batch = Batch(
@@ -48,42 +47,39 @@ def compare(
     n: int,
     ceiling: float,
     apart: float = 0.1,
-    count: tuple[Callable[[], object], list[int]] | None = None,
-) -> dict[str, Any]:
-    """The row of a whole step. apart: how far the numbers of parameters may differ, as adapters and norms do; count:
-    the peer's loops (see peers.count_loops)."""
+    looped: nn.Module | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of a whole step: its time, and the memory that it takes beside what is there before.
+
+    apart: how far the numbers of parameters may differ, as adapters and norms do; looped: a layer of the peer's
+    recurrent block."""
     n_sequences, length = BATCH[shape[:2]]
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(n_sequences, length + 1))
     theirs, total = sum(p.numel() for p in peer.parameters()), count_parameters(config)["total"]
     assert abs(theirs / total - 1) <= apart, (total, theirs)
-    pair, optimizer = torch.from_numpy(tokens), peers.adamw(peer)
+    pair, optimizer, model = torch.from_numpy(tokens), peers.adamw(peer), RecurrentDepthTransformer(config)
     step = partial(peers.step, peer, loss_of, optimizer, pair[:, :-1], pair[:, 1:], bf16=dtype == "bf16")
-    first, our_step = step(), ours(config, training(config.n_loops, dtype), tokens)
-    if count is not None:
-        stop, loops = count
-        stop()
-        assert len(loops) == config.n_loops, loops
-    assert abs(our_step() - first) < 1  # both know nothing yet: about log V
+    our_step = ours(model, training(config.n_loops, dtype), tokens)
+    stop, calls = peers.count_calls(peer if looped is None else looped)
+    assert abs(our_step() - step()) < 1  # both know nothing yet: about log V
+    stop()
+    assert len(calls) == config.n_loops, calls
     found = paired(our_step, step, n=n, warmup=0)
+    exit = default_exit("act") if config.halting == "act" else None
+    with torch.no_grad():
+        used = model(pair[:, :-1], exit=exit, return_logits=False).loops_used
+    assert config.is_plain or bool((used == config.n_loops).all()), "a token of ours stopped early"
+    common = {"bench": "training", "shape": shape, "attention": config.attention, "dtype": dtype, "peer_name": name}
     per_token = flops_per_token(config, seq_len=length, n_loops=config.n_loops, training=True, convention="full")
-    return {
-        "bench": "training",
-        "shape": shape,
-        "attention": config.attention,
-        "dtype": dtype,
-        "metric": "seconds a step",
-        **asdict(found),
-        "peer_name": name,
-        "ceiling": ceiling,
-        "utilisation": n_sequences * length * per_token / found.ours / ceiling,
-    }
+    rate = n_sequences * length * per_token / found.ours
+    yield common | {"metric": "seconds a step", **asdict(found), "ceiling": ceiling, "utilisation": rate / ceiling}
+    yield common | memory(our_step, step)
 
 
-def beside_openmythos(shape: str, attention: str, dtype: str, *, n: int, ceiling: float) -> dict[str, Any]:
+def beside_openmythos(shape: str, attention: str, dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:
     config = mixture(shape, attention=attention, n_loops=N_LOOPS)
-    peer = peers.openmythos(config)
-    count = peers.count_loops(peer)
-    how: Any = {"shape": shape, "dtype": dtype, "n": n, "ceiling": ceiling, "count": count}
+    peer: Any = peers.openmythos(config)
+    how: Any = {"shape": shape, "dtype": dtype, "n": n, "ceiling": ceiling, "looped": peer.recurrent.block}
     return compare(config, peer, peers.logits_loss(peer), name="open-mythos 0.5.0", **how)
 
 
@@ -91,9 +87,11 @@ def beside_parcae(dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, A
     """Its model computes with as many numbers as ours once its value embeddings are left out."""
     for tables in (False, True):
         config, peer = dense(n_loops=N_LOOPS), peers.parcae(value_embeddings=tables)
-        how: Any = {"shape": "S3", "dtype": dtype, "n": n, "ceiling": ceiling}
+        how: Any = {"shape": "S3", "dtype": dtype, "n": n, "ceiling": ceiling, "looped": peer.transformer.core_block[0]}
         name = "parcae-lm 0.1.0" if tables else "parcae-lm 0.1.0, no value embeddings"
-        yield compare(config, peer, peers.parcae_loss(peer, N_LOOPS), name=name, apart=1.2 if tables else 0.1, **how)
+        yield from compare(
+            config, peer, peers.parcae_loss(peer, N_LOOPS), name=name, apart=1.2 if tables else 0.1, **how
+        )
 
 
 def beside_transformers(dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:
@@ -107,4 +105,4 @@ def beside_transformers(dtype: str, *, n: int, ceiling: float) -> Iterator[dict[
         peer = make(config)
         how: Any = {"shape": f"{shape}, no loops", "dtype": dtype, "n": n, "ceiling": ceiling}
         name = f"transformers {transformers.__version__} {name}"
-        yield compare(config, peer, peers.logits_loss(peer), name=name, **how)
+        yield from compare(config, peer, peers.logits_loss(peer), name=name, **how)

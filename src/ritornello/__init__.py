@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ritornello.config import DataConfig, ExitRule, ModelConfig, Recipe, TrainConfig
     from ritornello.engine.generate import Generation, Loaded, generate, load, stream
+    from ritornello.engine.quantize import quantize
     from ritornello.model.cache import Cache
     from ritornello.model.context import Capture
     from ritornello.model.depth import Depth
@@ -31,6 +32,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 _HOMES = {
     "config": ("DataConfig", "ExitRule", "ModelConfig", "Recipe", "TrainConfig"),
     "engine.generate": ("Generation", "Loaded", "generate", "load", "stream"),
+    "engine.quantize": ("quantize",),
     "model.cache": ("Cache",),
     "model.context": ("Capture",),
     "model.depth": ("Depth",),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
+from ritornello.engine.quantize import Weights, quantize
 from ritornello.engine.sampling import Sampling, sample
 from ritornello.model.cache import Cache
 from ritornello.model.halting import check_exit
@@ -38,8 +39,10 @@ class Generation:
     reason: str
 
 
-def load(path: str | Path, *, device: str = "auto") -> Loaded:
+def load(path: str | Path, *, device: str = "auto", weights: Weights | None = None) -> Loaded:
     """The model of a run's newest valid checkpoint, or of one checkpoint directory, ready to generate.
+
+    weights: `bf16` or `int8` rounds its matrices (see `quantize`), which pays once the model is compiled.
 
     Raises:
         ValueError: nothing valid there; the file is named.
@@ -52,7 +55,10 @@ def load(path: str | Path, *, device: str = "auto") -> Loaded:
     tokenizer, room = from_json(found.tokenizer_json), model.config.vocab_size
     name, n_ids = f"{found.directory / checkpoint.TOKENIZER} vocab_size", tokenizer.vocab_size
     require(n_ids <= room, name, n_ids, f"at most the model's {room}")
-    return Loaded(model.eval().to(target), tokenizer, found.recipe)
+    model.eval().to(target)
+    if weights is not None:
+        quantize(model, weights)
+    return Loaded(model, tokenizer, found.recipe)
 
 
 def decode(

@@ -20,9 +20,8 @@ class Linear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(n_loops, n_out, rank)) if rank else None
 
     def forward(self, x: Tensor, loop: Loop = 0) -> Tensor:
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.weight.dtype)
-        y = linear(x, self.weight)
-        if self.lora_A is None or self.lora_B is None:
-            return y
-        return y + low_rank(x, self.lora_A, self.lora_B, loop)
+        weight = self.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
+        y = linear(x, weight)
+        return y if self.lora_A is None or self.lora_B is None else y + low_rank(x, self.lora_A, self.lora_B, loop)

@@ -79,7 +79,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x (N, D), indices and weights (N, k) -> (N, D)."""
-        return experts(x.to(self.gate_up_proj.dtype), self.gate_up_proj, self.down_proj, indices, weights)
+        gate_up = self.gate_up_proj
+        return experts(x.to(gate_up.dtype), gate_up, self.down_proj, indices, weights)
 
 
 class MixtureOfExperts(nn.Module):
@@ -99,7 +100,5 @@ class MixtureOfExperts(nn.Module):
         y = self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view(x.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, table)
-        balance = scores.new_zeros(())
-        if self.training and torch.is_grad_enabled():
-            balance = balance_loss(indices, scores, masks)
-        return y, Routed(indices, balance)
+        balanced = self.training and torch.is_grad_enabled()
+        return y, Routed(indices, balance_loss(indices, scores, masks) if balanced else scores.new_zeros(()))

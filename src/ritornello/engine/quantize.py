@@ -1,0 +1,68 @@
+"""Weights of fewer bytes, for decoding: a token reads every weight once a loop, and multiplies each only once.
+
+Weights alone are rounded, once; products and the carry keep their precision. A weight comes back to its own dtype where
+it is used: compiled, inside the kernel that reads it; otherwise as a copy, which saves memory at rest but no time.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ritornello.config import require_choice
+from ritornello.model.lora import Linear
+from ritornello.model.moe import Experts
+from ritornello.model.rdt import RecurrentDepthTransformer
+
+Weights = Literal["bf16", "int8"]
+
+
+class _Bfloat16(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, rounded: Tensor) -> Tensor:
+        return rounded.to(self.dtype)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        return (weight.bfloat16(),)
+
+
+class _Int8(nn.Module):
+    """Symmetric, with a scale for each row, all that goes into one output (LLM.int8(), 2208.07339, eq. 4)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, numbers: Tensor, scale: Tensor) -> Tensor:
+        return numbers.to(self.dtype) * scale
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = weight.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127
+        return (weight / scale).round().to(torch.int8), scale
+
+
+_KINDS: dict[str, type[nn.Module]] = {"bf16": _Bfloat16, "int8": _Int8}
+
+
+def quantize(model: RecurrentDepthTransformer, weights: Weights) -> None:
+    """Round the matrices of `model` in place, which then can't be trained: all linear layers, the experts, the head.
+
+    Router, injection, norms, halting and low-rank deltas stay as they are, and token embeddings where the head has a
+    matrix of its own: of them a token reads one row.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    require_choice("weights", weights, tuple(_KINDS))
+    model.requires_grad_(False)
+    tied = [] if model.head is not None else [model.embed_tokens[0]]
+    for module in [*model.modules()]:
+        names = ["gate_up_proj", "down_proj"] if isinstance(module, Experts) else []
+        names += ["weight"] if isinstance(module, Linear) or module in tied else []
+        for name in names:
+            kind = _KINDS[weights](getattr(module, name).dtype)
+            parametrize.register_parametrization(module, name, kind)
