@@ -27,13 +27,13 @@ lab: $(RUNTIME)
 	$(BIN)/ritornello lab run all --quick
 
 # Other people's models want other versions: an environment of its own. Their requirements are left out (--no-deps):
-# they pin another torch.
+# they pin another torch. THEMES="training decode": only these.
 bench: constraints.txt
 	test -x .bench/bin/python || $(PYTHON) -m venv .bench
 	.bench/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	.bench/bin/python -m pip install -q -c constraints.txt -e . transformers
 	.bench/bin/python -m pip install -q --no-deps open-mythos==0.5.0
-	.bench/bin/python -m benchmarks
+	.bench/bin/python -m benchmarks $(THEMES)
 
 test: $(DEV)
 	$(PYTEST)

@@ -34,6 +34,8 @@ def train_themes(n: int, ceilings: dict[str, float]) -> Iterator[Row]:
         if find_spec("parcae_lm"):  # its wheel on PyPI is empty: its repository has to be on the path
             yield from training.beside_parcae(dtype, n=n, ceiling=ceilings[dtype])
         yield from training.beside_transformers(dtype, n=n, ceiling=ceilings[dtype])
+    for shape, attention in product(("S1", "S2"), ATTENTIONS):
+        yield training.beside_float32(shape, attention, n=n, ceiling=ceilings["bf16"])
 
 
 THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {

@@ -1,20 +1,23 @@
 """How long a newcomer waits: imports, the command's help, the largest preset without its numbers."""
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-from benchmarks.timing import Work, alone, limited, paired
+from benchmarks.timing import alone, limited
 
-MODEL = "from ritornello import RecurrentDepthTransformer, preset"  # what is not asked for is not imported
-MANY = 7  # turns, where two long times are subtracted
 HELP = "from ritornello.cli import main; main(['--help'])"
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+from ritornello import RecurrentDepthTransformer, preset  # what is not asked for is not imported
+print(time.perf_counter() - start)
+"""
 LARGEST = """
 import time, torch
-from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.presets import preset
+from ritornello import RecurrentDepthTransformer, preset
 config = preset("1t")
 start = time.perf_counter()
 with torch.device("meta"):
@@ -23,17 +26,16 @@ print(time.perf_counter() - start)
 """
 
 
-def python(*arguments: str) -> Work:
-    return partial(subprocess.run, [sys.executable, *arguments], check=True, capture_output=True)
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 def rows(*, n: int) -> Iterator[dict[str, Any]]:
-    common = {"bench": "startup", "shape": "", "attention": "", "dtype": ""}
-    both = (python("-c", f"import torch; {rest}") for rest in (MODEL, "pass"))
-    imports = paired(*both, n=max(n, MANY))
-    found = {"import ritornello, after torch's": (imports.ours - imports.peer, 0.3, imports.n)}
-    found["ritornello --help"] = (alone(python("-c", HELP), n=n), 0.5, n)
-    built = subprocess.run([sys.executable, "-c", LARGEST], check=True, capture_output=True, text=True).stdout
-    found["the preset 1t on the meta device"] = (float(built), 2.0, 1)
-    for what, (ours, limit, turns) in found.items():
-        yield common | limited(f"{what}, seconds", ours, limit, name="wanted at most", n=turns)
+    found = {
+        "import ritornello, after torch's": (statistics.median(float(python(IMPORT)) for _ in range(n)), 0.3),
+        "ritornello --help": (alone(lambda: python(HELP), n=n), 0.5),
+        "the preset 1t on the meta device": (statistics.median(float(python(LARGEST)) for _ in range(n)), 2.0),
+    }
+    for what, (ours, limit) in found.items():
+        row = limited(f"{what}, seconds", ours, limit, name="wanted at most", n=n)
+        yield {"bench": "startup", "shape": "", "attention": "", "dtype": ""} | row

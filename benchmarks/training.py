@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks import peers
-from benchmarks.shapes import BATCH, dense, mixture, once, training
-from benchmarks.timing import memory, paired
+from benchmarks.shapes import BATCH, DTYPES, dense, mixture, once, training
+from benchmarks.timing import Paired, memory, paired
 from ritornello.accounting import count_parameters, flops_per_token
-from ritornello.config import ModelConfig, TrainConfig, default_exit
+from ritornello.config import ModelConfig, default_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train.data import Batch
 from ritornello.train.optim import build_optimizers
@@ -22,7 +22,13 @@ from ritornello.train.step import train_step
 N_LOOPS = 8
 
 
-def ours(model: RecurrentDepthTransformer, train: TrainConfig, tokens: np.ndarray) -> Callable[[], float]:
+def draw(config: ModelConfig, shape: str) -> np.ndarray:
+    n_sequences, length = BATCH[shape[:2]]
+    return np.random.default_rng(0).integers(config.vocab_size, size=(n_sequences, length + 1))
+
+
+def ours(model: RecurrentDepthTransformer, dtype: str, tokens: np.ndarray) -> Callable[[], float]:
+    train = training(model.config.n_loops, dtype)
     optimizers = build_optimizers(model, train)
     n, length = tokens.shape[0], tokens.shape[1] - 1
     batch = Batch(
@@ -34,6 +40,23 @@ def ours(model: RecurrentDepthTransformer, train: TrainConfig, tokens: np.ndarra
     )
     steps = iter(range(train.steps))
     return lambda: float(train_step(model, optimizers, batch, train=train, step=next(steps))["loss"])
+
+
+def timed(config: ModelConfig, found: Paired, *, shape: str, dtype: str, name: str, ceiling: float) -> dict[str, Any]:
+    """The row of a whole step."""
+    n_sequences, length = BATCH[shape[:2]]
+    per_token = flops_per_token(config, seq_len=length, n_loops=config.n_loops, training=True, convention="full")
+    return {
+        "bench": "training",
+        "shape": shape,
+        "attention": config.attention,
+        "dtype": dtype,
+        "metric": "seconds a step",
+        **asdict(found),
+        "peer_name": name,
+        "ceiling": ceiling,
+        "utilisation": n_sequences * length * per_token / found.ours / ceiling,
+    }
 
 
 def compare(
@@ -53,13 +76,12 @@ def compare(
 
     apart: how far the numbers of parameters may differ, as adapters and norms do; looped: a layer of the peer's
     recurrent block."""
-    n_sequences, length = BATCH[shape[:2]]
-    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(n_sequences, length + 1))
+    tokens = draw(config, shape)
     theirs, total = sum(p.numel() for p in peer.parameters()), count_parameters(config)["total"]
     assert abs(theirs / total - 1) <= apart, (total, theirs)
     pair, optimizer, model = torch.from_numpy(tokens), peers.adamw(peer), RecurrentDepthTransformer(config)
     step = partial(peers.step, peer, loss_of, optimizer, pair[:, :-1], pair[:, 1:], bf16=dtype == "bf16")
-    our_step = ours(model, training(config.n_loops, dtype), tokens)
+    our_step = ours(model, dtype, tokens)
     stop, calls = peers.count_calls(peer if looped is None else looped)
     assert abs(our_step() - step()) < 1  # both know nothing yet: about log V
     stop()
@@ -69,11 +91,17 @@ def compare(
     with torch.no_grad():
         used = model(pair[:, :-1], exit=exit, return_logits=False).loops_used
     assert config.is_plain or bool((used == config.n_loops).all()), "a token of ours stopped early"
-    common = {"bench": "training", "shape": shape, "attention": config.attention, "dtype": dtype, "peer_name": name}
-    per_token = flops_per_token(config, seq_len=length, n_loops=config.n_loops, training=True, convention="full")
-    rate = n_sequences * length * per_token / found.ours
-    yield common | {"metric": "seconds a step", **asdict(found), "ceiling": ceiling, "utilisation": rate / ceiling}
-    yield common | memory(our_step, step)
+    row = timed(config, found, shape=shape, dtype=dtype, name=name, ceiling=ceiling)
+    yield row
+    yield row | memory(our_step, step)
+
+
+def beside_float32(shape: str, attention: str, *, n: int, ceiling: float) -> dict[str, Any]:
+    """Our bfloat16 beside our float32."""
+    config = mixture(shape, attention=attention, n_loops=N_LOOPS)
+    sides = {dtype: ours(RecurrentDepthTransformer(config), dtype, draw(config, shape)) for dtype in DTYPES}
+    found = paired(sides["bf16"], sides["fp32"], n=n)
+    return timed(config, found, shape=shape, dtype="bf16", name="ours in float32", ceiling=ceiling)
 
 
 def beside_openmythos(shape: str, attention: str, dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:
