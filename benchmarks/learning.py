@@ -1,11 +1,11 @@
-"""How long until a model has learned as much as OpenMythos learns in ten minutes: same text, batches and number of
-parameters, each side with its own recipe. Seconds are steps times the median step, measured by turns before any
-training, so that what else the machine does meanwhile counts for neither side."""
+"""How long until a model has learned as much as OpenMythos learns in ten minutes with all its loops: same text, batches
+and number of parameters, each side with its own recipe. Seconds are steps times the median step, measured by turns
+before and after training, so that what else the machine does in between counts for neither side."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ SECONDS, SHARE = 600.0, 1 / 3  # of OpenMythos' training; of it, in which ours s
 SEEDS = (0, 1)
 PILOT_SECONDS, RATES = 60.0, (3e-4, 1e-3, 3e-3, 1e-2)  # OpenMythos' own learning rate is the first
 WARMUP, FLOOR = 0.035, 0.1  # 2,000 of its 57,220 steps; the rate it ends with
-EVALUATIONS, WINDOWS = 20, 64
+EVALUATIONS, WINDOWS = 15, 512
 Step = Callable[[int], float]
 Score = Callable[[], float]
 
@@ -100,35 +100,44 @@ def rows(*, n: int) -> Iterator[dict[str, Any]]:
     dataset = prepare(base.data, Path.home() / CACHE, offline=True)
     how: Any = {"seq_len": base.data.seq_len, "batch_size": base.train.batch_size, "isolate_documents": False}
     draws = {seed: Batches(dataset.train, seed=seed, **how) for seed in SEEDS}
-    rows_held_out = Batches(dataset.validation, seed=0, **how).rows
-    held_out = list(rows_held_out.evaluation(base.train.batch_size, WINDOWS // base.train.batch_size))
+    text = Batches(dataset.validation, seed=0, **how).rows
+    held_out = list(text.evaluation(base.train.batch_size, WINDOWS // base.train.batch_size))
 
     timed = iter(range(10_000))
-    our_side, their_side = ours(base, draws[0], held_out)[0], theirs(base, RATES[0], 10_000, draws[0], held_out)[0]
-    found = paired(lambda: our_side(next(timed)), lambda: their_side(next(timed)), n=4 * n, warmup=2)
-    n_ours, n_theirs = int(SHARE * SECONDS / found.ours), int(SECONDS / found.peer)
+    our_step, their_step = ours(base, draws[0], held_out)[0], theirs(base, RATES[0], 10_000, draws[0], held_out)[0]
+    before = paired(lambda: our_step(next(timed)), lambda: their_step(next(timed)), n=4 * n, warmup=2)
+    n_ours, n_theirs = int(SHARE * SECONDS / before.ours), int(SECONDS / before.peer)
 
-    pilot = int(PILOT_SECONDS / found.peer)
-    last = {rate: min(learn(theirs(base, rate, pilot, draws[0], held_out), pilot).values()) for rate in RATES}
+    last: dict[float, float] = {}
+    for rate in RATES:  # by the loss of batches not seen before
+        steps = int(PILOT_SECONDS / before.peer)
+        step, _ = theirs(base, rate, steps, draws[0], held_out)
+        last[rate] = mean([step(i) for i in range(steps)][-steps // 5 :])
     rate = min(last, key=lambda rate: last[rate])
-    said = ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in last.items())
-    common = {"bench": "learning", "shape": "demo", "attention": base.model.attention, "dtype": "fp32"}
+    said = ", ".join(f"{loss:.2f} at {rate:g}" for rate, loss in last.items())
+
     for seed in SEEDS:
         own = recipe(seed)
         own = replace(own, train=replace(own.train, steps=n_ours))
-        their_curve = learn(theirs(own, rate, n_theirs, draws[seed], held_out), n_theirs)
-        goal = list(their_curve.values())[-1]
-        curve = learn(ours(own, draws[seed], held_out), n_ours)
+        peer, side = theirs(own, rate, n_theirs, draws[seed], held_out), ours(own, draws[seed], held_out)
+        goal = learn(peer, n_theirs)[n_theirs]
+        curve = learn(side, n_ours)
+        after = paired(lambda: side[0](n_ours - 1), lambda: peer[0](n_theirs - 1), n=4 * n)  # noqa: B023
+        seconds = n_theirs * (before.peer + after.peer) / 2
         reached = next((step for step, loss in curve.items() if loss <= goal), None)
-        taken = reached * found.ours if reached else None
-        ratio = n_theirs * found.peer / taken if taken else 0.0
-        yield common | {
+        taken = reached * (before.ours + after.ours) / 2 if reached else None
+        ratio = seconds / taken if taken else 0.0
+        yield {
+            "bench": "learning",
+            "shape": "demo",
+            "attention": base.model.attention,
+            "dtype": "fp32",
             "metric": f"seconds to a validation loss of {goal:.3f} nats, seed {seed}; ours ends at {curve[n_ours]:.3f}",
             "ours": taken,
-            "peer": n_theirs * found.peer,
-            "ratio": ratio,
-            "n": 1,
+            "peer": seconds,
             "peer_name": f"open-mythos 0.5.0, learning rate {rate:g} (a minute's training: {said})",
+            "ratio": ratio,
             "ceiling": 1 / SHARE,
             "utilisation": ratio * SHARE,
+            "n": 1,
         }

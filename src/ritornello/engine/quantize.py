@@ -38,11 +38,12 @@ class _Int8(nn.Module):
         self.dtype = dtype
 
     def forward(self, numbers: Tensor, scale: Tensor) -> Tensor:
-        return numbers.to(self.dtype) * scale
+        return (numbers * scale).to(self.dtype)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = weight.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127
-        return (weight / scale).round().to(torch.int8), scale
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        scale = exact.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        return (exact / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
 _KINDS: dict[str, type[nn.Module]] = {"bf16": _Bfloat16, "int8": _Int8}
