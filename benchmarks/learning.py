@@ -2,6 +2,7 @@
 and number of parameters, each side with its own recipe. Seconds are steps times the median step, measured by turns
 before and after training, so that what else the machine does in between counts for neither side."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
