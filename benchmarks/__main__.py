@@ -57,36 +57,40 @@ def main() -> int:
     parser.add_argument("themes", nargs="*", metavar="theme", help=f"{', '.join(THEMES)}; default: all")
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
+    themes = [(name, pick(THEMES, name, "theme")) for name in options.themes or THEMES]
     ceilings = {name: machine.matmul_ceiling(dtype) for name, dtype in DTYPES.items()}
     said = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; largest matmul rate "
     said += ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in ceilings.items())
     ceilings["bandwidth"] = machine.bandwidth()
     said += f"; {ceilings['bandwidth'] / 1e9:.1f} GB/s read"
     RESULTS.mkdir(exist_ok=True)
-    every = []
-    for theme in options.themes or THEMES:
+    latest = RESULTS / "latest.json"
+    for theme, measure in themes:
         rows = []
-        for row in pick(THEMES, theme, "theme")(options.turns, ceilings):
+        for row in measure(options.turns, ceilings):
             print(json.dumps(row), flush=True)
             rows.append(row)
         (RESULTS / f"{theme}.md").write_text(page(theme, rows, said), encoding="utf-8")
-        every += rows
-    latest = RESULTS / "latest.json"
-    kept = json.loads(latest.read_text(encoding="utf-8")) if latest.exists() else []
-    ran = {row["bench"] for row in every}
-    every = [row for row in kept if row["bench"] not in ran] + every
-    latest.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+        kept = json.loads(latest.read_text(encoding="utf-8")) if latest.exists() else []
+        kept = [row for row in kept if row["bench"] != theme]
+        latest.write_text(json.dumps(kept + rows, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 def page(theme: str, rows: list[Row], said: str) -> str:
-    columns = ("shape", "attention", "dtype", "metric", "ours", "peer", "peer_name", "ratio", "utilisation", "n")
-    shown = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)  # noqa: E731
+    columns = ("shape", "attention", "dtype", "metric", "ours", "peer", "peer_name")
+    columns += ("ratio", "ratio_low", "ratio_high", "utilisation", "n")
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(shown(row[name]) for name in columns) for row in rows]
+    lines += [" | ".join(shown(row.get(name)) for name in columns) for row in rows]
     table = "".join(f"| {line} |\n" for line in lines)
-    how = "Medians of n turns; ratio: the peer's time over ours, turn by turn."
-    return f"# {theme.capitalize()}\n\n{said}. {how}\n\n{table}"
+    how = "Seconds: medians of n turns; ratio: the peer's over ours, turn by turn, with the least and the largest."
+    return f"# {theme.capitalize()}\n\n{said}. {how} [What stands here](../../docs/benchmarks.md).\n\n{table}"
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One token after another beside OpenMythos, both compiled, and beside it as it comes."""
+"""One token after another, compiled, beside OpenMythos compiled, and beside it as it comes."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -60,7 +60,7 @@ def rows(attention: str, *, n: int, bandwidth: float) -> Iterator[dict[str, Any]
         compiled = deepcopy(model)
         compiled.compile(unroll=True)
         torch.compiler.reset()
-        sides = {"open-mythos 0.5.0, compiled": torch.compile(peer), "open-mythos 0.5.0": peer}
+        sides = {f"{peers.OPENMYTHOS}, compiled": torch.compile(peer), f"{peers.OPENMYTHOS}, as it comes": peer}
         for past in PASTS:
             ours, theirs = prepare(model, compiled, peer, batch, past)
             for name, forward in sides.items():

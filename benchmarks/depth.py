@@ -1,7 +1,7 @@
 """Whether depth that is not used is paid for: tokens that stop at different loops, mixed in one batch."""
 
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -43,7 +43,10 @@ def decode(
     model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int | Tensor, *, past: Cache, **options: Any
 ) -> Tensor:
     """The tokens that follow those of `past`, one by one; n_loops: of each, or (1, those that follow)."""
-    cache, logits = deepcopy(past), []
+    cache, logits = (
+        copy(past),
+        [],
+    )  # shares its tensors: what is written lies beyond `past`
     with torch.inference_mode():
         for i in range(past.length, tokens.shape[1]):
             own = n_loops if isinstance(n_loops, int) else n_loops[:, i - past.length, None]

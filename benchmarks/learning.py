@@ -136,7 +136,7 @@ def rows(*, n: int) -> Iterator[dict[str, Any]]:
             "metric": f"seconds to a validation loss of {goal:.3f} nats, seed {seed}; ours ends at {curve[n_ours]:.3f}",
             "ours": taken,
             "peer": seconds,
-            "peer_name": f"open-mythos 0.5.0, learning rate {rate:g} (a minute's training: {said})",
+            "peer_name": f"{peers.OPENMYTHOS}, learning rate {rate:g} (a minute's training: {said})",
             "ratio": ratio,
             "ceiling": 1 / SHARE,
             "utilisation": ratio * SHARE,

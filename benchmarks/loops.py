@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.shapes import BATCH, VOCAB, mixture
 from benchmarks.timing import limited, paired
@@ -37,17 +38,20 @@ def recurrence(model: RecurrentDepthTransformer, tokens: Tensor, *, train: bool,
     return run
 
 
-def held(work: Callable[[], object]) -> int:
-    """The most bytes of tensors that autograd keeps for a backward pass while this runs."""
-    storages: dict[int, int] = {}
+def held(work: Callable[[], object], model: nn.Module) -> int:
+    """The bytes of all tensors that autograd keeps for a backward pass while this runs, beside the model's own."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is given out twice
 
     def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         work()
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def rows(shape: str, attention: str, *, n: int) -> Iterator[dict[str, Any]]:
@@ -67,8 +71,9 @@ def rows(shape: str, attention: str, *, n: int) -> Iterator[dict[str, Any]]:
                 "ceiling": 2 / 2.05,
                 "utilisation": found.ratio / (2 / 2.05),
             }
-    kept = [held(lambda: recurrence(model, tokens, train=True, backprop_loops=BACKPROP)(i)) for i in (8, 32)]  # noqa: B023
-    whole = held(lambda: recurrence(model, tokens, train=True)(32))
+    cut = recurrence(model, tokens, train=True, backprop_loops=BACKPROP)
+    kept = [held(partial(cut, n_loops), model) for n_loops in (8, 32)]
+    whole = held(partial(recurrence(model, tokens, train=True), 32), model)
     assert whole > 3 * kept[1], "the measure sees loops that keep their activations"
     metric = f"bytes kept for the backward pass, 32 loops, {BACKPROP} with gradients"
     yield common | limited(metric, kept[1], kept[0], name="8 loops")

@@ -1,6 +1,7 @@
 """Other people's models at the shapes of ours, and a training step of theirs."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ritornello.config import ModelConfig
+
+OPENMYTHOS = f"open-mythos {version('open-mythos')}"
 
 
 def openmythos(config: ModelConfig) -> nn.Module:

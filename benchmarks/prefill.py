@@ -31,12 +31,16 @@ def rows(attention: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:
     torch.testing.assert_close(prefill(model, tokens, N_LOOPS)[:, :64], short, rtol=1e-3, atol=1e-4)
     found = paired(lambda: prefill(model, tokens, N_LOOPS), theirs, n=n, warmup=0)
     flops = PREFILL * flops_per_token(config, seq_len=PREFILL, n_loops=N_LOOPS, training=False, convention="full")
-    common = {"bench": "prefill", "shape": "S1", "attention": attention, "dtype": "fp32"}
-    common["peer_name"] = "open-mythos 0.5.0"
-    yield common | {
+    row = {
+        "bench": "prefill",
+        "shape": "S1",
+        "attention": attention,
+        "dtype": "fp32",
         "metric": f"seconds, {PREFILL} tokens",
         **asdict(found),
+        "peer_name": peers.OPENMYTHOS,
         "ceiling": ceiling,
         "utilisation": flops / found.ours / ceiling,
     }
-    yield common | memory(lambda: prefill(model, tokens, N_LOOPS), theirs)
+    yield row
+    yield from memory(lambda: prefill(model, tokens, N_LOOPS), theirs, row)

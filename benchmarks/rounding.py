@@ -32,7 +32,7 @@ def rows(weights: Weights) -> Iterator[dict[str, Any]]:
                 "ours": ours,
                 "peer": exact,
                 "peer_name": "float32",
-                "ratio": ours / exact,
+                "ratio": None,
                 "ceiling": None,
                 "utilisation": None,
                 "n": n,
@@ -53,10 +53,11 @@ def text(weights: Weights) -> Found:
     loaded = load(find_model(Path("python")), device="cpu")
     data, attention = loaded.recipe.data, loaded.model.config.attention
     dataset = prepare(data, Path.home() / CACHE, offline=True)
+    assert dataset.tokenizer.to_json() == loaded.tokenizer.to_json(), "another Python's standard library"
     windows = list(Rows(dataset.validation, seq_len=data.seq_len).evaluation(BATCH, N_BATCHES))
     ours, exact = (evaluate(m, windows, loops=LOOPS) for m in (rounded(loaded.model, weights), loaded.model))
     for n in LOOPS:
-        assert (ours.nats[n] != exact.nats[n]).all(), "not rounded at all"
+        assert (ours.nats[n] != exact.nats[n]).any(), "not rounded at all"
         lost, error = gap(ours.nats[n], exact.nats[n], exact.n_bytes)
         metric = f"bits per byte at {n} loops: {lost:+.5f}, standard error {error:.5f}"
         yield "python", attention, metric, ours.bpb(ours.nats[n]), exact.bpb(exact.nats[n]), BATCH * N_BATCHES

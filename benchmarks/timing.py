@@ -4,7 +4,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Paired:
-    """Medians in seconds over n turns, and the median of the ratios of each turn: how many times as fast is ours."""
+    """Medians in seconds over n turns; the median, least and largest of their ratios: how many times as fast is ours."""
 
     ours: float
     peer: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
     n: int
 
 
@@ -36,10 +38,13 @@ def paired(ours: Work, peer: Work, *, n: int, warmup: int = 1) -> Paired:
             turns.append((taken[ours], taken[peer]))
     finally:
         gc.enable()
+    ratios = sorted(b / a for a, b in turns)
     return Paired(
         ours=statistics.median(a for a, _ in turns),
         peer=statistics.median(b for _, b in turns),
-        ratio=statistics.median(b / a for a, b in turns),
+        ratio=statistics.median(ratios),
+        ratio_low=ratios[0],
+        ratio_high=ratios[-1],
         n=n,
     )
 
@@ -64,15 +69,17 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - start
 
 
-def memory(ours: Work, peer: Work) -> dict[str, Any]:
-    """The part of a row that sets one side's peak beside the other's."""
-    bytes_ours, bytes_peer = peak_bytes(ours), peak_bytes(peer)
-    said = {"metric": "peak MiB beyond what rests", "ours": bytes_ours / 2**20, "peer": bytes_peer / 2**20}
-    return said | {"ratio": bytes_peer / bytes_ours, "n": 1, "ceiling": None, "utilisation": None}
+def memory(ours: Work, peer: Work, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row like `row` for both sides' peaks, where the system tells them (Linux)."""
+    if Path("/proc/self/clear_refs").exists():
+        both = [statistics.median(peak_bytes(work) / 2**20 for _ in range(3)) for work in (ours, peer)]
+        said = {"metric": "peak MiB beyond what rests", "ours": both[0], "peer": both[1], "ratio": both[1] / both[0]}
+        yield {**row, **said, "ratio_low": None, "ratio_high": None, "ceiling": None, "utilisation": None, "n": 3}
 
 
 def peak_bytes(work: Work) -> int:
-    """How much more memory the process holds at most while this runs than it held before (Linux)."""
+    """How much more memory the process holds at most while this runs than it held before."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed but not given back would hide as much
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here

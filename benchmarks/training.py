@@ -93,7 +93,13 @@ def compare(
     assert config.is_plain or bool((used == config.n_loops).all()), "a token of ours stopped early"
     row = timed(config, found, shape=shape, dtype=dtype, name=name, ceiling=ceiling)
     yield row
-    yield row | memory(our_step, step)
+    yield from memory(partial(and_forget, our_step, model), partial(and_forget, step, peer), row)
+
+
+def and_forget(step: Callable[[], float], model: nn.Module) -> None:
+    """The next step frees the gradients of this one first: they must not rest there."""
+    step()
+    model.zero_grad()
 
 
 def beside_float32(shape: str, attention: str, *, n: int, ceiling: float) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def beside_openmythos(shape: str, attention: str, dtype: str, *, n: int, ceiling
     config = mixture(shape, attention=attention, n_loops=N_LOOPS)
     peer: Any = peers.openmythos(config)
     how: Any = {"shape": shape, "dtype": dtype, "n": n, "ceiling": ceiling, "looped": peer.recurrent.block}
-    return compare(config, peer, peers.logits_loss(peer), name="open-mythos 0.5.0", **how)
+    return compare(config, peer, peers.logits_loss(peer), name=peers.OPENMYTHOS, **how)
 
 
 def beside_parcae(dtype: str, *, n: int, ceiling: float) -> Iterator[dict[str, Any]]:

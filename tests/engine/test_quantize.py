@@ -75,6 +75,31 @@ def test_logits_stay_close_in_a_forward_pass_and_from_a_cache(attention: str) ->
     differ(exact, exact.flip(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_lower_precision_is_rounded_in_float32(dtype: torch.dtype) -> None:
+    """127.5, which bfloat16 makes of the largest quotient, would come out as -128."""
+    model = build({"ffn": "dense"}).to(dtype)
+    before = deepcopy(model.recurrent[0].mlp.gate_proj.weight.detach())  # pyrefly: ignore
+    quantize(model, "int8")
+    found: Any = model.recurrent[0].mlp.gate_proj  # pyrefly: ignore
+    off = (found.weight - before).float().abs() / before.float().abs().amax(-1, keepdim=True)
+    assert found.weight.dtype == dtype and float(off.max()) < 0.01
+    assert int(found.parametrizations.weight.original0.min()) >= -127
+
+
+def test_what_every_loop_reads_is_rounded() -> None:
+    model, copy = rounded("int8", ffn="dense", anchored=True, tie_embeddings=False)
+    assert not torch.equal(weight(copy, "embed_tokens.0.weight"), model.embed_tokens[0].weight)
+
+
+def test_only_a_model_and_only_once() -> None:
+    _, model = rounded("int8", ffn="dense")
+    with pytest.raises(ValueError, match="rounded before"):
+        quantize(model, "bf16")
+    with pytest.raises(ValueError, match="RecurrentDepthTransformer"):
+        quantize(nn.Linear(2, 2), "bf16")  # type: ignore[arg-type]
+
+
 def test_a_row_of_zeros_and_a_row_of_equals() -> None:
     model = build({"ffn": "dense"}).float()
     layer: Any = model.coda_layers[0]

@@ -1,7 +1,8 @@
 """Weights of fewer bytes, for decoding: a token reads every weight once a loop, and multiplies each only once.
 
 Weights alone are rounded, once; products and the carry keep their precision. A weight comes back to its own dtype where
-it is used: compiled, inside the kernel that reads it; otherwise as a copy, which saves memory at rest but no time.
+it is used: inside the kernel that reads it, where a compiled model decodes one sequence on a CPU; everywhere else as a
+copy, which saves memory at rest but costs time.
 """
 
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ritornello.config import require_choice
+from ritornello.config import require, require_choice
 from ritornello.model.lora import Linear
 from ritornello.model.moe import Experts
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -50,17 +51,20 @@ _KINDS: dict[str, type[nn.Module]] = {"bf16": _Bfloat16, "int8": _Int8}
 
 
 def quantize(model: RecurrentDepthTransformer, weights: Weights) -> None:
-    """Round the matrices of `model` in place, which then can't be trained: all linear layers, the experts, the head.
+    """Round the matrices of `model` in place: linear layers, experts, the head; token embeddings only where the head or
+    every loop reads all of them. Router, injection, norms, halting and what belongs to one loop stay as they are.
 
-    Router, injection, norms, halting and low-rank deltas stay as they are, and token embeddings where the head has a
-    matrix of its own: of them a token reads one row.
+    From then on the model can neither be trained nor saved as a run, and keeps its dtype and device: move it before.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or a model rounded before.
     """
     require_choice("weights", weights, tuple(_KINDS))
+    require(isinstance(model, RecurrentDepthTransformer), "model", type(model).__name__, "a RecurrentDepthTransformer")
+    again = any(parametrize.is_parametrized(module) for module in model.modules())
+    require(not again, "model", "rounded before", "rounded once; load it again for other weights")
     model.requires_grad_(False)
-    tied = [] if model.head is not None else [model.embed_tokens[0]]
+    tied = [model.embed_tokens[0]] if model.head is None or model.config.anchored else []
     for module in [*model.modules()]:
         names = ["gate_up_proj", "down_proj"] if isinstance(module, Experts) else []
         names += ["weight"] if isinstance(module, Linear) or module in tied else []
