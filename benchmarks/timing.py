@@ -14,7 +14,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Paired:
-    """Medians in seconds over n turns; the median, least and largest of their ratios: how many times as fast is ours."""
+    """Medians in seconds over n turns; the median, least and largest of their ratios."""
 
     ours: float
     peer: float
