@@ -51,8 +51,8 @@ _KINDS: dict[str, type[nn.Module]] = {"bf16": _Bfloat16, "int8": _Int8}
 
 
 def quantize(model: RecurrentDepthTransformer, weights: Weights) -> None:
-    """Round the matrices of `model` in place: linear layers, experts, the head; token embeddings only where the head or
-    every loop reads all of them. Router, injection, norms, halting and what belongs to one loop stay as they are.
+    """Round the matrices of `model` in place: linear layers, experts, the head, which is its own from then on if it was
+    tied. Token embeddings, router, injection, norms, halting and what belongs to one loop stay as they are.
 
     From then on the model can neither be trained nor saved as a run, and keeps its dtype and device: move it before.
 
@@ -64,10 +64,13 @@ def quantize(model: RecurrentDepthTransformer, weights: Weights) -> None:
     again = any(parametrize.is_parametrized(module) for module in model.modules())
     require(not again, "model", "rounded before", "rounded once; load it again for other weights")
     model.requires_grad_(False)
-    tied = [model.embed_tokens[0]] if model.head is None or model.config.anchored else []
+    if model.head is None:  # which reads all embeddings, where a token reads one
+        table = model.head_weight
+        model.head = Linear(model.config.dim, model.config.vocab_size)
+        model.head.weight = nn.Parameter(table, requires_grad=False)
     for module in [*model.modules()]:
         names = ["gate_up_proj", "down_proj"] if isinstance(module, Experts) else []
-        names += ["weight"] if isinstance(module, Linear) or module in tied else []
+        names += ["weight"] if isinstance(module, Linear) else []
         for name in names:
             kind = _KINDS[weights](getattr(module, name).dtype)
             parametrize.register_parametrization(module, name, kind)
