@@ -1,13 +1,18 @@
 """Tokens that have halted leave the block's batch, and nothing else changes."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from ritornello.config import ExitRule
 from ritornello.model.cache import Cache
 from ritornello.model.context import Capture
 from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.model.state import Output
+from ritornello.ops.noise import Key
 from ritornello.ops.subset import Subset
 from tests.model.builders import (
     build,
@@ -22,6 +27,7 @@ from tests.model.builders import (
 )
 
 T, DEEP = 6, 5
+COUNTS = [3, 5, 2, DEEP]  # by sequence; right-aligned, rows 1 and 3 start, then row 0 joins, then row 2
 BUDGETS = torch.tensor([[3, 5, 1, 4, 1, 2], [1, 1, 2, 1, 3, 1], [2, 1, 1, 1, 1, 1]])
 
 
@@ -30,6 +36,40 @@ def block_tokens(model: RecurrentDepthTransformer) -> list[int]:
     seen: list[int] = []
     model.recurrent[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0] * args[0].shape[1]))
     return seen
+
+
+Found = tuple[Output, dict[str, Tensor], list[int]]
+
+
+def found(model: RecurrentDepthTransformer, tokens: Tensor, **options: Any) -> Found:
+    """A pass; the gradients of its logits and of every loss beside them; and the tokens of each pass of the block."""
+    seen = block_tokens(model)
+    out = model(tokens, **options)
+    n_tokens = list(seen)  # before recomputation adds to it
+    return out, gradients(model, out.logits.square().mean() + sum(out.aux.values())), n_tokens
+
+
+def alike(small: Found, plain: Found) -> None:
+    """Nothing differs but that the block had fewer tokens."""
+    (fast, fast_grads, some), (slow, slow_grads, every) = small, plain
+    close(fast.logits, slow.logits)
+    close_gradients(fast_grads, slow_grads)
+    assert torch.equal(fast.loops_used, slow.loops_used)
+    assert fast.aux.keys() == slow.aux.keys()
+    for name, value in slow.aux.items():
+        close(fast.aux[name], value)
+    if slow.routing is not None:
+        assert torch.equal(fast.routing.load, slow.routing.load)
+    assert len(some) == len(every) and sum(some) < sum(every)
+
+
+def unlike(actual: Found, expected: Found) -> None:
+    """The positive control of `alike`, in outputs, gradients and every loss."""
+    differ(actual[0].logits, expected[0].logits)
+    with pytest.raises(AssertionError):
+        close_gradients(actual[1], expected[1], 1e-7)
+    for name, value in expected[0].aux.items():
+        differ(actual[0].aux[name], value)
 
 
 @every_kind
@@ -98,6 +138,74 @@ def test_recomputation(checkpoint: bool) -> None:
     outs = [model(tokens, n_loops=DEEP, exit=rule, checkpoint=checkpoint and way, compact=way) for way in (False, True)]
     close(outs[1].aux["ponder"], outs[0].aux["ponder"])
     close_gradients(*(gradients(model, out.logits.square().mean() + out.aux["ponder"]) for out in outs))
+
+
+@every_kind
+@pytest.mark.parametrize("plan", [torch.tensor(COUNTS), Depth.right_aligned(COUNTS)], ids=["budgets", "right-aligned"])
+def test_sequences_of_their_own_depths_whose_tokens_leave_early(plan: Tensor | Depth, row: dict) -> None:
+    """Right-aligned, rows join a batch that some tokens have left already."""
+    model = build(row).train()
+    tokens = tokens_for(model.config, 4, T, seed=1)
+    rule = lively(model, tokens, rules_for(model.config)[0], DEEP)
+    plain, small = (found(model, tokens, n_loops=plan, exit=rule, compact=way) for way in (False, True))
+    alike(small, plain)
+    assert ("balance" in plain[0].aux) == (row["ffn"] == "moe")
+    unlike(found(model, tokens, n_loops=plan, compact=True), plain)
+
+
+@every_kind
+def test_budgets_by_sequence(row: dict) -> None:
+    model = build(row).train()
+    tokens = tokens_for(model.config, 4, T)
+    plain, small = (found(model, tokens, n_loops=torch.tensor(COUNTS), compact=way) for way in (False, True))
+    alike(small, plain)
+    assert small[2] == [T * sum(loop < count for count in COUNTS) for loop in range(DEEP)]
+    unlike(found(model, tokens, n_loops=torch.tensor([3, 5, 2, 4]), compact=True), plain)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", ["hazard", "cumulative"])
+@pytest.mark.parametrize("read_out", ["last", "mixture"])
+def test_right_aligned_halting_with_dropout(read_out: str, name: str, checkpoint: bool) -> None:
+    """Masks are drawn for the address of a token, wherever it lies; recomputed, they are the same."""
+    model = build({"halting": "act", "read_out": read_out, "dropout": 0.2, "initial_state": "noise"}).train()
+    tokens, sequences = tokens_for(model.config, 4, T, seed=1), torch.tensor([5, 3, 8, 1])
+    key, depth = Key(2, 7, sequences), Depth.right_aligned(COUNTS)
+    rule = lively(model, tokens, name, DEEP, key=key)
+    plain = found(model, tokens, n_loops=depth, exit=rule, key=key, compact=False)
+    small = found(model, tokens, n_loops=depth, exit=rule, key=key, compact=True, checkpoint=checkpoint)
+    alike(small, plain)
+    assert small[0].aux.keys() == {"balance", "ponder"}
+    for other in (Key(2, 8, sequences), Key(2, 7, sequences.roll(1))):
+        unlike(found(model, tokens, n_loops=depth, exit=rule, key=other, compact=True, checkpoint=checkpoint), plain)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_right_aligned_cut_off(checkpoint: bool) -> None:
+    """Gradients of the last loops only: those of tokens that have left before come through their keys alone."""
+    model = build({"halting": "delta"}).train()
+    tokens, depth = tokens_for(model.config, 4, T, seed=1), Depth.right_aligned(COUNTS)
+    how = {"n_loops": depth, "exit": lively(model, tokens, "delta", DEEP)}
+    plain = found(model, tokens, **how, backprop_loops=2, compact=False)
+    alike(found(model, tokens, **how, backprop_loops=2, compact=True, checkpoint=checkpoint), plain)
+    whole = found(model, tokens, **how, compact=True, checkpoint=checkpoint)
+    close(whole[0].logits, plain[0].logits)
+    with pytest.raises(AssertionError):
+        close_gradients(whole[1], plain[1], 1e-7)
+
+
+def test_right_aligned_rows_with_padding() -> None:
+    """Padding has halted before it starts, so rows of different lengths join."""
+    model = build({"halting": "act"}).train()
+    tokens, depth = tokens_for(model.config, 4, T, seed=1), Depth.right_aligned(COUNTS)
+    documents = torch.tensor([[0] * n + [-1] * (T - n) for n in (6, 2, 5, 4)])
+    rule = lively(model, tokens, "cumulative", DEEP, documents=documents)
+    plain, small = (
+        found(model, tokens, n_loops=depth, exit=rule, documents=documents, compact=way) for way in (False, True)
+    )
+    alike(small, plain)
+    assert not small[0].loops_used[documents < 0].any()
+    unlike(found(model, tokens, n_loops=depth, exit=rule, compact=True), plain)
 
 
 def test_captured_passes_stay_whole() -> None:
