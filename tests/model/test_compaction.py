@@ -23,11 +23,12 @@ from tests.model.builders import (
     gradients,
     lively,
     rules_for,
+    signal,
     tokens_for,
 )
 
 T, DEEP = 6, 5
-COUNTS = [3, 5, 2, DEEP]  # by sequence; right-aligned, rows 1 and 3 start, then row 0 joins, then row 2
+COUNTS = [2, 6, 3, 3]  # by sequence; right-aligned, row 1 is alone for three loops, then rows 2 and 3 join, then row 0
 BUDGETS = torch.tensor([[3, 5, 1, 4, 1, 2], [1, 1, 2, 1, 3, 1], [2, 1, 1, 1, 1, 1]])
 
 
@@ -36,6 +37,15 @@ def block_tokens(model: RecurrentDepthTransformer) -> list[int]:
     seen: list[int] = []
     model.recurrent[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0] * args[0].shape[1]))
     return seen
+
+
+@torch.no_grad()
+def halving(model: RecurrentDepthTransformer, tokens: Tensor, name: str, **options: Any) -> ExitRule:
+    """The rule by which half of the deepest row's tokens leave after their second loop: while it is alone, so that
+    they are left out whoever joins later."""
+    first, second = model(tokens, n_loops=3, trajectory=True, weigh=True, **options).trajectory[:2]
+    values = signal(model, name, first, second)[COUNTS.index(max(COUNTS))].sort().values
+    return ExitRule(name, float(values[T // 2 - 1 : T // 2 + 1].mean()), min_loops=2)
 
 
 Found = tuple[Output, dict[str, Tensor], list[int]]
@@ -146,7 +156,7 @@ def test_sequences_of_their_own_depths_whose_tokens_leave_early(plan: Tensor | D
     """Right-aligned, rows join a batch that some tokens have left already."""
     model = build(row).train()
     tokens = tokens_for(model.config, 4, T, seed=1)
-    rule = lively(model, tokens, rules_for(model.config)[0], DEEP)
+    rule = halving(model, tokens, rules_for(model.config)[0])
     plain, small = (found(model, tokens, n_loops=plan, exit=rule, compact=way) for way in (False, True))
     alike(small, plain)
     assert ("balance" in plain[0].aux) == (row["ffn"] == "moe")
@@ -159,8 +169,8 @@ def test_budgets_by_sequence(row: dict) -> None:
     tokens = tokens_for(model.config, 4, T)
     plain, small = (found(model, tokens, n_loops=torch.tensor(COUNTS), compact=way) for way in (False, True))
     alike(small, plain)
-    assert small[2] == [T * sum(loop < count for count in COUNTS) for loop in range(DEEP)]
-    unlike(found(model, tokens, n_loops=torch.tensor([3, 5, 2, 4]), compact=True), plain)
+    assert small[2] == [T * sum(loop < count for count in COUNTS) for loop in range(max(COUNTS))]
+    unlike(found(model, tokens, n_loops=torch.tensor([1, 6, 3, 3]), compact=True), plain)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -171,7 +181,7 @@ def test_right_aligned_halting_with_dropout(read_out: str, name: str, checkpoint
     model = build({"halting": "act", "read_out": read_out, "dropout": 0.2, "initial_state": "noise"}).train()
     tokens, sequences = tokens_for(model.config, 4, T, seed=1), torch.tensor([5, 3, 8, 1])
     key, depth = Key(2, 7, sequences), Depth.right_aligned(COUNTS)
-    rule = lively(model, tokens, name, DEEP, key=key)
+    rule = halving(model, tokens, name, key=key)
     plain = found(model, tokens, n_loops=depth, exit=rule, key=key, compact=False)
     small = found(model, tokens, n_loops=depth, exit=rule, key=key, compact=True, checkpoint=checkpoint)
     alike(small, plain)
@@ -185,7 +195,7 @@ def test_right_aligned_cut_off(checkpoint: bool) -> None:
     """Gradients of the last loops only: those of tokens that have left before come through their keys alone."""
     model = build({"halting": "delta"}).train()
     tokens, depth = tokens_for(model.config, 4, T, seed=1), Depth.right_aligned(COUNTS)
-    how = {"n_loops": depth, "exit": lively(model, tokens, "delta", DEEP)}
+    how = {"n_loops": depth, "exit": halving(model, tokens, "delta")}
     plain = found(model, tokens, **how, backprop_loops=2, compact=False)
     alike(found(model, tokens, **how, backprop_loops=2, compact=True, checkpoint=checkpoint), plain)
     whole = found(model, tokens, **how, compact=True, checkpoint=checkpoint)
@@ -195,15 +205,16 @@ def test_right_aligned_cut_off(checkpoint: bool) -> None:
 
 
 def test_right_aligned_rows_with_padding() -> None:
-    """Padding has halted before it starts, so rows of different lengths join."""
+    """Padding has halted before it starts: rows of different lengths join, and every loop leaves some out."""
     model = build({"halting": "act"}).train()
     tokens, depth = tokens_for(model.config, 4, T, seed=1), Depth.right_aligned(COUNTS)
-    documents = torch.tensor([[0] * n + [-1] * (T - n) for n in (6, 2, 5, 4)])
-    rule = lively(model, tokens, "cumulative", DEEP, documents=documents)
+    documents = torch.tensor([[0] * n + [-1] * (T - n) for n in (5, 4, 2, 5)])
+    rule = lively(model, tokens, "cumulative", max(COUNTS), documents=documents)
     plain, small = (
         found(model, tokens, n_loops=depth, exit=rule, documents=documents, compact=way) for way in (False, True)
     )
     alike(small, plain)
+    assert all(some < every for some, every in zip(small[2], plain[2], strict=True))
     assert not small[0].loops_used[documents < 0].any()
     unlike(found(model, tokens, n_loops=depth, exit=rule, compact=True), plain)
 

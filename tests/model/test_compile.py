@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ritornello.config import ExitRule
+from ritornello.config import ExitRule, Recipe
+from ritornello.engine.generate import Generation, Loaded, generate
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train.tokenizer import ByteTokenizer
 from tests.model.builders import build, close, close_gradients, differ, gradients, tokens_for
 
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("default")]  # the compiler's own warnings are not ours
@@ -126,6 +128,33 @@ def test_exit_rules_and_budgets_run_compiled() -> None:
         close(compiled(tokens, n_loops=budgets).logits, model(tokens, n_loops=budgets).logits)
 
 
+@pytest.mark.parametrize(
+    ("kind", "unroll", "rule"),
+    [
+        ("gqa-moe-act", False, None),
+        ("mla-dense-kl", False, ExitRule("kl", 1e-3)),
+        ("mla-dense-kl", True, None),
+    ],
+    ids=str,
+)
+def test_a_text_generated_compiled_is_the_same(kind: str, unroll: bool, rule: ExitRule | None) -> None:
+    """Prompts of different lengths, whose padding the model is told of, and one alone; the likeliest, and drawn."""
+    model = build(KINDS[kind] | {"vocab_size": 264, "tie_embeddings": False})  # untied: it does not repeat itself
+    compiled = deepcopy(model)
+    compiled.compile(backend="aot_eager", unroll=unroll)
+
+    def texts(m: RecurrentDepthTransformer, n_loops: int = 3) -> list[Generation]:
+        loaded = Loaded(m, ByteTokenizer(), Recipe())
+        how = {"n_loops": n_loops, "exit": rule, "max_tokens": 6}
+        together = generate(loaded, ["The quick", "RDT"], temperature=0, **how)
+        return [*together, generate(loaded, "abc", seed=3, **how)]
+
+    plain, fast = texts(model), []
+    assert graphs(lambda: fast.extend(texts(compiled))) > 0
+    assert fast == plain
+    assert [text.tokens for text in texts(compiled, 2)] != [text.tokens for text in plain]
+
+
 def test_two_compiled_models_and_a_copy_keep_to_their_own_weights() -> None:
     model, first = pair("gqa-dense-none")
     second = build(KINDS["gqa-dense-none"] | {"norm": "pre_post"}, seed=1)
@@ -139,3 +168,19 @@ def test_two_compiled_models_and_a_copy_keep_to_their_own_weights() -> None:
         close(first(tokens).logits, model(tokens).logits)
         close(second(tokens).logits, plain(tokens).logits)
         close(copy(tokens).logits, 2 * model(tokens).logits)
+
+
+def test_compiled_models_of_other_head_counts_follow_each_other() -> None:
+    """From the second on, the width of a cache entry is symbolic, and so is how many queries share a key."""
+    for heads in ({"n_heads": 4, "n_kv_heads": 2}, {"n_heads": 6, "n_kv_heads": 6}, {"n_heads": 2, "n_kv_heads": 2}):
+        model = build(KINDS["gqa-dense-none"] | heads)
+        compiled = deepcopy(model)
+        compiled.compile(backend="aot_eager", unroll=True)
+        tokens = tokens_for(model.config, 1, 2)
+        found = []
+        with torch.inference_mode():
+            for m in (model, compiled):
+                cache = Cache(m.config, batch_size=1, max_len=8, dtype=torch.float64)
+                m(tokens[:, :1], cache=cache)
+                found.append(m(tokens[:, 1:], cache=cache).logits)
+        close(found[1], found[0])

@@ -22,12 +22,14 @@ PATHS = (experts_slotted, experts_gathered, experts_fused, experts_grouped)
 
 
 def case(load: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """x, gate_up, down, weights, indices. `uneven`: all tokens on two experts; `crowded`: on ten; `idle`: on seven."""
-    n, k = {"one token": 1, "crowded": 128}.get(load, 32), 2
+    """x, gate_up, down, weights, indices. `uneven`, `piled`: all tokens on two experts; `crowded`: on ten; `idle`: on
+    seven."""
+    n, k = {"one token": 1, "crowded": 128, "piled": 128}.get(load, 32), 2
     token = torch.arange(n)
     indices = {
         "even": torch.stack((token % E, (token + 3) % E), 1),
         "uneven": torch.stack((torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64)), 1),
+        "piled": torch.stack((token * 0, token * 0 + 1), 1),
         "crowded": torch.stack((token % 10, (token + 3) % 10), 1),
         "idle": torch.stack((token % 5, 5 + token % 2), 1),
         "one token": torch.tensor([[6, 2]]),
@@ -135,3 +137,23 @@ def test_autocast_reaches_the_experts() -> None:
     assert y.dtype == torch.bfloat16
     exact = experts_ref(x, gate_up, down, indices, weights)
     assert (y.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("load", ["even", "uneven", "piled", "crowded", "idle", "one token"])
+def test_gradients_under_autocast(load: str) -> None:
+    """Of the slotted path, in the parameters' own precision. `piled`: a single of more than ALIKE, whose slots are
+    rounded up."""
+    x, gate_up, down, weights, indices = case(load, torch.float32)
+    leaves, direction = (x, gate_up, down, weights), torch.randn(x.shape).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, gate_up, down, indices, weights)
+    assert y.dtype == torch.bfloat16 and type(y.grad_fn).__name__ == "_MoveBackward"
+    found = torch.autograd.grad(y, leaves, direction)
+    exact, others = (
+        torch.autograd.grad(experts_ref(x, gate_up, down, chosen, weights), leaves, direction.float())
+        for chosen in (indices, (indices + 1) % E)
+    )
+    for fast, defined, other in zip(found, exact, others, strict=True):
+        assert fast.dtype == torch.float32 and fast.isfinite().all()
+        assert (fast - defined).norm() < 0.03 * defined.norm()
+        assert (fast - other).norm() > 0.3 * other.norm()

@@ -1,10 +1,12 @@
 """Cross entropy in chunks is cross entropy."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ritornello.ops import loss
 from ritornello.ops.loss import linear_cross_entropy, linear_cross_entropy_ref
@@ -68,6 +70,56 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = case()
     linear_cross_entropy(hidden, weight, labels, reduction="none").sum().backward()
     assert max(sizes) <= 4 * V and len(sizes) == 2 * math.ceil(N / 4)
+
+
+def largest_bytes(work: Callable[[], object]) -> int:
+    """The most that is asked of the allocator at once, inside torch's own operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    return max(event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_holds_no_whole_logits(dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forward nor backward, in torch's own operator: nothing is larger than an input or a chunk."""
+    n, dim, vocab = 64, 4, 50
+    hidden, weight = (torch.randn(rows, dim, dtype=dtype, requires_grad=True) for rows in (n, vocab))
+    labels, logits = torch.randint(vocab, (n,)), n * vocab * dtype.itemsize
+    work = lambda: linear_cross_entropy(hidden, weight, labels, reduction=reduction).backward()  # noqa: E731
+    assert largest_bytes(work) >= logits
+    monkeypatch.setattr(loss, "CHUNK_NUMBERS", 4 * vocab)
+    assert largest_bytes(work) <= max(n * dim, 4 * vocab) * dtype.itemsize < logits / 10
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision_sums_in_chunks(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, dim, vocab, calls = 64, 16, 50, []
+    dtype = torch.float32 if autocast else torch.bfloat16
+    hidden, weight = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (n, vocab))
+    labels = torch.randint(vocab, (n,))
+    labels[::5] = -100
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(loss.F, "linear", lambda *args: calls.append(args) or real(*args))
+
+    def found(labels: Tensor) -> tuple[Tensor, ...]:
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = linear_cross_entropy(hidden, weight, labels, reduction="sum")
+        return value, *torch.autograd.grad(value, (hidden, weight))
+
+    whole = found(labels)
+    assert len(calls) == 1
+    monkeypatch.setattr(loss, "CHUNK_NUMBERS", 4 * vocab)
+    chunked = found(labels)
+    assert len(calls) == 2 * n // 4
+    without_the_last = found(torch.cat((labels[:-4], labels.new_full((4,), -100))))
+    assert whole[0].dtype == torch.float32 and whole[1].dtype == whole[2].dtype == dtype
+    for fast, slow, other, tolerance in zip(chunked, whole, without_the_last, (1e-3, 0.03, 0.03), strict=True):
+        assert fast.dtype == slow.dtype
+        assert (fast - slow).float().norm() < tolerance * slow.float().norm()
+        assert (other - slow).float().norm() > 2 * tolerance * slow.float().norm()
 
 
 def test_uniform_logits_cost_log_vocabulary() -> None:

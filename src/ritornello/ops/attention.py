@@ -42,8 +42,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: fl
         # the heads that share keys as queries of one head: what `enable_gqa` repeats is then read once
         rows = q.unflatten(1, (k.shape[1], -1))[..., 0, :]
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).flatten(1, 2)[..., None, :]
-    how: Any = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if mask is None and q.shape[-2] > 1:  # a branch: compiled, the comparison of a symbolic length is no bool
+    how: Any = {"scale": scale}
+    if q.shape[1] != k.shape[1]:  # a branch: between two compiled models the comparison is symbolic, and no bool
+        how["enable_gqa"] = True
+    if mask is None and q.shape[-2] > 1:  # for the same reason
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
 
