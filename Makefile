@@ -5,7 +5,7 @@ RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo lab bench test test-all check format clean
+.PHONY: install demo lab bench torture test test-all check format clean
 
 install: $(DEV)
 
@@ -34,6 +34,10 @@ bench: constraints.txt
 	.bench/bin/python -m pip install -q -c constraints.txt -e . transformers
 	.bench/bin/python -m pip install -q --no-deps open-mythos==0.5.0
 	.bench/bin/python -m benchmarks $(THEMES)
+
+# What a run survives: kills, failing disks, power cuts, damage, signals.
+torture: $(RUNTIME)
+	$(BIN)/python -m benchmarks.torture
 
 test: $(DEV)
 	$(PYTEST)

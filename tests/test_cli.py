@@ -162,6 +162,7 @@ def test_train_hands_over_the_recipe(capsys: pytest.CaptureFixture[str], trainer
         "device": "auto",
         "offline": False,
         "other_data": False,
+        "profile": 0,
     }
     assert "tokenise 50%" in err
 

@@ -11,7 +11,7 @@ LIGHT = (
     "ritornello.recipes",
     "ritornello.progress",
     "ritornello.cli",
-    *(f"ritornello.commands.{verb}" for verb in ("demo", "train", "generate", "lab", "info", "doctor")),
+    *(f"ritornello.commands.{verb}" for verb in ("demo", "train", "generate", "runs", "lab", "info", "doctor")),
 )
 
 

@@ -377,6 +377,7 @@ class TrainConfig:
     eval_batches: int = 16
     eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)
     save_every: int = 500
+    save_in_background: bool = True  # training goes on from a copy in memory while a checkpoint is written
     keep_checkpoints: int = 2
     warm_start: str = ""  # a run or checkpoint whose weights this run starts from
     tensorboard: bool = False

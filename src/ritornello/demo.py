@@ -17,7 +17,7 @@ from ritornello.config import ModelConfig, Recipe, default_exit
 from ritornello.device import n_cores
 from ritornello.engine.generate import Loaded, generate, load
 from ritornello.progress import Progress
-from ritornello.train import files, metrics, ngram
+from ritornello.train import files, ngram, runs
 from ritornello.train.data import NO_LABEL, Batch, Rows, prepare
 from ritornello.train.evaluate import evaluate, gap
 from ritornello.train.shards import Dataset
@@ -113,7 +113,7 @@ def _wait(worker: Any, plain: Sequence[Recipe], out: Path, quiet: bool) -> None:
     with Progress(total, quiet=quiet) as progress:
         while worker.is_alive():
             worker.join(1.0)
-            done = [metrics.read(out / recipe.name) for recipe in plain]
+            done = [runs.lines(out / recipe.name) for recipe in plain]
             steps = sum(lines[-1]["step"] for lines in done if lines)
             last = next((line for lines in reversed(done) for line in reversed(lines) if "loss" in line), None)
             if last is not None:

@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 import os
@@ -14,11 +15,13 @@ import torch
 
 from ritornello.config import Recipe
 from ritornello.model.norm import RMSNorm
-from ritornello.train import checkpoint, metrics
+from ritornello.train import checkpoint, runs
 from ritornello.train.interrupt import InterruptedRunError
 from ritornello.train.step import NonFiniteError
 from ritornello.train.trainer import train
 from tests.train.small import recipe, text_file
+
+TIMING = frozenset({"tok_per_s"})  # what differs between two runs of one recipe
 
 
 class Watch:
@@ -43,8 +46,8 @@ def weights(directory: Path) -> list[bytes]:
 
 
 def untimed(directory: Path) -> list[dict[str, Any]]:
-    lines = metrics.read(directory)
-    return [{name: value for name, value in line.items() if name not in metrics.TIMING} for line in lines]
+    lines = runs.lines(directory)
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 
 
 MODELS = {
@@ -80,8 +83,8 @@ def test_a_run_killed_between_checkpoints_is_repeated_from_the_last_one(tmp_path
 
     with pytest.raises(RuntimeError, match="killed"):
         run(given, tmp_path, "parts", observer=Killed())
-    assert [line["step"] for line in metrics.read(tmp_path / "parts")][-1] == 15
-    with (tmp_path / "parts" / metrics.NAME).open("ab") as lines:
+    assert [line["step"] for line in runs.lines(tmp_path / "parts")][-1] == 15
+    with (tmp_path / "parts" / runs.METRICS).open("ab") as lines:
         lines.write(b'{"step": 1')  # a line that the kill cut short
     parts, whole = run(given, tmp_path, "parts", resume=True), run(given, tmp_path, "whole")
     assert weights(parts) == weights(whole)
@@ -91,7 +94,7 @@ def test_a_run_killed_between_checkpoints_is_repeated_from_the_last_one(tmp_path
 def test_what_a_run_leaves_behind(tmp_path):
     given, watch = recipe(tmp_path, steps=20, log_every=5), Watch()
     directory = run(given, tmp_path, observer=watch)
-    lines = metrics.read(tmp_path / "run")
+    lines = runs.lines(tmp_path / "run")
     assert [(line["step"], "loss" in line) for line in lines] == [
         (5, True), (10, True), (10, False), (15, True), (20, True), (20, False),
     ]  # fmt: skip
@@ -179,7 +182,7 @@ def test_warm_start_keeps_the_function_at_other_depths(tmp_path):
     )
     run(deeper, tmp_path, "second")
     run(replace(deeper, train=replace(deeper.train, warm_start="")), tmp_path, "cold")
-    before, after, cold = (metrics.read(tmp_path / name)[-1] for name in ("first", "second", "cold"))
+    before, after, cold = (runs.lines(tmp_path / name)[-1] for name in ("first", "second", "cold"))
     for name in ("val_bpb_1", "val_bpb_4", "val_bpb_8"):
         assert after[name] == pytest.approx(before[name], abs=1e-5)
         assert abs(cold[name] - before[name]) > 0.1
@@ -201,7 +204,14 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+def test_steps_are_traced(tmp_path):
+    run(recipe(tmp_path, steps=6, log_every=6), tmp_path, profile=2)
+    trace = json.loads(gzip.decompress((tmp_path / "run" / "profile" / "trace.json.gz").read_bytes()))
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 2 and any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+
+
 def test_steps_of_the_metrics_never_fall(tmp_path):
     run(recipe(tmp_path, steps=12), tmp_path)
-    steps = [line["step"] for line in metrics.read(tmp_path / "run")]
+    steps = [line["step"] for line in runs.lines(tmp_path / "run")]
     assert all(a <= b for a, b in itertools.pairwise(steps))

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ritornello.commands import Command, option
-from ritornello.config import require
+from ritornello.commands import INTEGER, Command, option
+from ritornello.config import require, require_int
 from ritornello.progress import Progress
 
 
@@ -24,6 +24,7 @@ class Train(Command):
     resume: Annotated[bool, option("Continue the run from its last checkpoint.")] = False
     other_data: Annotated[bool, option("Resume although the data or the tokenizer changed.")] = False
     device: Annotated[str, option("auto, cuda, mps or cpu.", metavar="NAME")] = "auto"
+    profile: Annotated[int, INTEGER, option("Trace so many steps, for ui.perfetto.dev.")] = 0
 
     def run(self) -> None:
         from ritornello import recipes
@@ -32,6 +33,7 @@ class Train(Command):
         recipe = recipes.from_mapping(recipes.apply_sets(mapping, [item for group in self.set for item in group]))
         out = self.out or _default_out(recipe.name)
         check_output(out, resume=self.resume)
+        require_int("--profile", self.profile, 0)
 
         from ritornello.device import fallbacks, pick_device
         from ritornello.train.trainer import train
@@ -48,6 +50,7 @@ class Train(Command):
                 data_progress=progress.stage,
                 offline=self.common.offline,
                 other_data=self.other_data,
+                profile=self.profile,
             )
         print(out)
 

@@ -169,6 +169,19 @@ def lock(directory: AnyPath) -> Generator[None, None, None]:
         yield
 
 
+def is_locked(directory: AnyPath) -> bool:
+    """Whether a process holds `directory`, as `lock` does."""
+    path = Path(directory, ".lock")
+    if not path.exists():
+        return False
+    with _opened(path, os.O_RDONLY) as descriptor:
+        try:
+            _run("lock", path, fcntl.flock, descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _sibling(path: Path) -> Path:
     """An unused name on the same file system, so that a rename is one step."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:12]}")

@@ -4,15 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ritornello.train import files
-
-NAME = "metrics.jsonl"
-TIMING = frozenset({"tok_per_s"})  # what differs between two runs of one recipe
+from ritornello.train.runs import METRICS
 
 
 class Observer(Protocol):
@@ -25,7 +23,7 @@ class MetricsFile:
     """The file of `run_dir`. Opening it for a run with `step` steps done drops what later steps had written."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        self.path = run_dir / NAME
+        self.path = run_dir / METRICS
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
             files.write_atomic(self.path, b"".join(line for line in lines if _step(line) <= step))
@@ -53,12 +51,6 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
-
-
-def read(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Every line of a run's metrics, in order; none if nothing was measured yet."""
-    path = Path(run_dir, NAME)
-    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 def to_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:

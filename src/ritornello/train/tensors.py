@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,8 +23,7 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
     unique: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     for name, tensor in tensors.items():
-        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        owner = owners.setdefault(view if tensor.numel() else name, name)
+        owner = owners.setdefault(_view(name, tensor), name)
         if owner != name:
             tied[name] = owner
             continue
@@ -33,6 +33,25 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
             unique[name] = unique[name].clone()
         storages.add(storage)
     return safetensors.torch.save(unique, metadata={"tied": json.dumps(tied)})
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors in the host's memory that nothing else writes to, tied ones still tied; other values as they are."""
+    owners: dict[object, Tensor] = {}
+    copies = dict(state)
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            view = _view(name, value)
+            if view not in owners:
+                owners[view] = value.detach().to("cpu", copy=True)
+            copies[name] = owners[view]
+    return copies
+
+
+def _view(name: str, tensor: Tensor) -> object:
+    """What names of one and the same tensor have in common."""
+    same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    return same if tensor.numel() else name
 
 
 def read(path: Path) -> dict[str, Tensor]:

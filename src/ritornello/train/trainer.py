@@ -21,6 +21,8 @@ from ritornello.train.halting import fit_gate
 from ritornello.train.interrupt import InterruptedRunError, stop_request
 from ritornello.train.metrics import MetricsFile, Observer, TensorBoard, to_host
 from ritornello.train.optim import build_optimizers
+from ritornello.train.profiling import profiling
+from ritornello.train.saver import Saver
 from ritornello.train.shards import Dataset, Progress
 from ritornello.train.step import train_step
 from ritornello.train.warm_start import warm_start
@@ -40,6 +42,7 @@ def train(
     offline: bool = False,
     other_data: bool = False,
     cache_dir: str | Path | None = None,
+    profile: int = 0,
 ) -> Path:
     """Train as `recipe` says into the directory `out`; returns the last checkpoint.
 
@@ -48,6 +51,7 @@ def train(
             there is none.
         other_data: resume although the data or the tokenizer changed.
         cache_dir: where tokenised data is kept; default ~/.cache/ritornello.
+        profile: so many steps are traced into `out`/profile, see `profiling`.
 
     Raises:
         ValueError: a recipe that doesn't fit its data; a run in `out` already, or another model's or data's.
@@ -61,25 +65,30 @@ def train(
     _check_vocabulary(recipe, dataset)
     model = RecurrentDepthTransformer(recipe.model, seed=config.seed)
     files.make_directory(out)
-    with files.lock(out), stop_request() as request:
+    keep, background = config.keep_checkpoints, config.save_in_background
+    with files.lock(out), stop_request() as request, Saver(out, keep=keep, background=background) as saver:
         found = checkpoint.latest(out)
         require(resume or found is None, "out", str(out), "a directory without a run", "resume it, or choose another")
         if found is None and config.warm_start:
             warm_start(model, config.warm_start, tokenizer_json=dataset.tokenizer.to_json())
         model.to(target).train()
-        trainer = Trainer(recipe, out, dataset, model, build_optimizers(model, config))
+        trainer = Trainer(recipe, dataset, model, build_optimizers(model, config), saver)
         if found is not None:
             trainer.restore(checkpoint.load(found), other_data=other_data)
             ok = trainer.step <= config.steps
             require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
         files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
         trainer.observers = _observers(recipe, out, trainer.step, observer)
-        while trainer.step < config.steps:
-            trainer.advance()
-            if request.signum is not None and trainer.step < config.steps:
-                raise InterruptedRunError(f"interrupted after step {trainer.step}; saved in {trainer.save()}")
-        assert trainer.saved is not None
-        return trainer.saved
+        with profiling(out, profile) as step_done:
+            while trainer.step < config.steps:
+                trainer.advance()
+                step_done()
+                if request.signum is not None and trainer.step < config.steps:
+                    trainer.save()
+                    raise InterruptedRunError(f"interrupted after step {trainer.step}; saved in {saver.wait()}")
+        saved = saver.wait()
+        assert saved is not None
+        return saved
 
 
 @dataclass
@@ -87,13 +96,12 @@ class Trainer:
     """A run in progress; `step` steps are done. All that changes is the model, the optimizers and this count."""
 
     recipe: Recipe
-    out: Path
     dataset: Dataset
     model: RecurrentDepthTransformer
     optimizers: Sequence[Optimizer]
+    saver: Saver
     observers: Sequence[Observer] = ()
     step: int = 0
-    saved: Path | None = None  # the newest checkpoint
     _tokens: int = 0  # and seconds, since the last log line
     _seconds: float = 0.0
 
@@ -127,10 +135,9 @@ class Trainer:
         batches = rows.evaluation(size, config.eval_batches * config.accumulation)
         return evaluate(self.model, batches, loops=config.eval_loops, exit=exit, bf16=config.precision == "bf16")
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """A checkpoint of this moment."""
-        self.saved = checkpoint.save(
-            self.out,
+        self.saver.save(
             step=self.step,
             model_state=self.model.state_dict(),
             recipe=self.recipe,
@@ -138,9 +145,7 @@ class Trainer:
             optimizer_state=checkpoint.flatten_optimizers(self.optimizers, self.model),
             trainer_state={"step": self.step},  # data, depth and noise are functions of (seed, step)
             fingerprint=self.dataset.fingerprint,
-            keep=self.recipe.train.keep_checkpoints,
         )
-        return self.saved
 
     def restore(self, found: checkpoint.Checkpoint, *, other_data: bool) -> None:
         """Continue from `found`. The [train] settings may differ: they then hold from here on."""
@@ -154,7 +159,7 @@ class Trainer:
         optimizer_state, state = checkpoint.training_state(found)
         self.model.load_state_dict(found.model_state)
         checkpoint.restore_optimizers(self.optimizers, self.model, optimizer_state)
-        self.step, self.saved = state["step"], found.directory
+        self.step, self.saver.newest = state["step"], found.directory
 
     @property
     def _row_settings(self) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""The run that is tortured, and what must be true of it afterwards."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ritornello.config import DataConfig, ModelConfig, Recipe, TrainConfig
+from ritornello.train import checkpoint, files, runs
+from ritornello.train.trainer import train
+
+STEPS, SAVE_EVERY = 40, 4
+MODEL = ModelConfig(
+    dim=16,
+    n_loops=4,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=8,
+    ffn_dim=32,
+    n_experts=4,
+    n_active_experts=2,
+    expert_dim=8,
+    lora_rank=2,
+)
+TRAIN = TrainConfig(
+    steps=STEPS,
+    batch_size=4,
+    warmup_steps=4,
+    lr=1e-2,
+    schedule="constant",  # this and the next: what a step does must not depend on how many there are
+    router_bias_cooldown=0.0,
+    max_loops=4,
+    mean_loops=2.0,
+    log_every=1,
+    eval_every=10,
+    eval_batches=1,
+    eval_loops=(1, 4),
+    save_every=SAVE_EVERY,
+)
+Digest = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A small run in `folder`, and the weights and optimizer states that it has after every step when left alone."""
+
+    folder: Path
+    recipe: Recipe
+    undisturbed: dict[int, Digest]
+
+    def run(self, out: Path, *, background: bool = True, steps: int = STEPS) -> None:
+        """Start it, or go on with it."""
+        settings = replace(self.recipe.train, save_in_background=background, steps=steps)
+        changed = replace(self.recipe, train=settings)
+        train(changed, out=out, resume=True, device="cpu", cache_dir=self.folder / "cache", offline=True)
+
+    def problem(self, out: Path, *, least: int = 0) -> str | None:
+        """What is wrong with what a run left in `out`: at least step `least`, and every bit as undisturbed."""
+        newest = checkpoint.latest(out)
+        if newest is None:
+            return None if least == 0 else f"no checkpoint, though step {least} was saved"
+        step = checkpoint.load(newest).manifest.step
+        if newest.name.startswith(files.TEMPORARY):
+            return f"{newest.name} was chosen"
+        if step < least:
+            return f"step {step}, though step {least} was saved"
+        return None if digest(newest) == self.undisturbed[step] else f"other weights at step {step}"
+
+    def logged(self, out: Path) -> int:
+        """The last step in the metrics."""
+        return max((int(line["step"]) for line in runs.lines(out)), default=0)
+
+
+def prepared(folder: Path) -> Subject:
+    rng = random.Random(0)
+    words = [bytes(rng.choices(range(97, 123), k=rng.randint(2, 6))).decode() for _ in range(30)]
+    text = folder / "text.txt"
+    text.write_text(" ".join(rng.choices(words, k=6000)))
+    recipe = Recipe(name="subject", model=MODEL, data=DataConfig(source=str(text), seq_len=24), train=TRAIN)
+    every = replace(recipe.train, save_every=1, keep_checkpoints=STEPS)
+    out = folder / "undisturbed"
+    train(replace(recipe, train=every), out=out, device="cpu", cache_dir=folder / "cache")
+    saved = (out / "checkpoints").glob("step_*")
+    found = {checkpoint.verify(path).step: digest(path) for path in saved}
+    assert sorted(found) == list(range(1, STEPS + 1)) and len(set(found.values())) == STEPS
+    shutil.rmtree(out)
+    return Subject(folder, recipe, found)
+
+
+def digest(directory: Path) -> Digest:
+    names = (checkpoint.MODEL, checkpoint.OPTIMIZER)
+    weights, states = (hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names)
+    return weights, states
+
+
+def forked(work: Callable[[], object]) -> int:
+    """The pid of a child that does the work and exits with 0, with 3 after an exception, with 130 when interrupted."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1), os.dup2(silence, 2)
+        work()
+        os._exit(0)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except BaseException:  # noqa: BLE001 - whatever it was, the parent judges by what is on the disk
+        os._exit(3)
+
+
+def ended(pid: int) -> int:
+    """Its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

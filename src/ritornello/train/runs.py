@@ -1,0 +1,110 @@
+"""The runs on this disk: what each is, how far it came, how two differ, and their removal. Needs no torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ritornello import recipes
+from ritornello.config import Recipe, require, shown
+from ritornello.train import files
+
+CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.jsonl", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory. metrics: the last value of each; n_bytes: on the disk; changed: seconds since the epoch."""
+
+    path: Path
+    recipe: Recipe
+    state: str  # running, done, or stopped
+    step: int
+    metrics: dict[str, float]
+    n_bytes: int
+    changed: float
+
+
+def find(root: str | Path) -> list[Path]:
+    """The runs in `root`, at any depth, by name; `root` itself if it is one."""
+    root = Path(root)
+    require(root.is_dir(), "DIR", str(root), "a directory with runs", "ritornello train RECIPE makes one")
+    return sorted(path.parent for path in root.rglob(CONFIG) if is_run(path.parent))
+
+
+def is_run(path: Path) -> bool:
+    """Whether training wrote here: a checkpoint inside a run has a configuration too, but no checkpoints."""
+    started = (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir()
+    return (path / CONFIG).is_file() and started and not path.is_symlink()
+
+
+def read(path: str | Path) -> Run:
+    """
+    Raises:
+        ValueError: not a run, or a configuration that can't be read; the file is named.
+    """
+    path = Path(path)
+    require(is_run(path), "RUN", str(path), "the directory of a run", "ritornello runs ls names them")
+    try:
+        recipe = recipes.from_json(recipes.read_text(path / CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG}: {error}") from None
+    metrics: dict[str, float] = {}
+    for line in lines(path):
+        metrics |= line
+    step = int(metrics.pop("step", 0))
+    files_inside = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    done = "done" if step >= recipe.train.steps else "stopped"
+    return Run(
+        path=path,
+        recipe=recipe,
+        state="running" if files.is_locked(path) else done,
+        step=step,
+        metrics=metrics,
+        n_bytes=sum(file.stat().st_size for file in files_inside),
+        changed=max(file.stat().st_mtime for file in files_inside),
+    )
+
+
+def lines(path: str | Path) -> list[dict[str, Any]]:
+    """Every line of a run's metrics, in order; one that a kill cut short is left out."""
+    source = Path(path, METRICS)
+    found = []
+    for line in source.read_bytes().splitlines() if source.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The settings in which the runs differ, by name, with the value of each run."""
+    tables = [asdict(run.recipe) for run in runs]
+    found = {}
+    for table in ("model", "data", "train"):
+        for name in tables[0][table]:
+            values = [recipe[table][name] for recipe in tables]
+            if any(value != values[0] for value in values):
+                found[f"{table}.{name}"] = values
+    return found
+
+
+def remove(path: str | Path) -> int:
+    """Remove a run with all its checkpoints; returns the bytes freed.
+
+    Raises:
+        ValueError: not a run, or one in use.
+    """
+    run = read(path)
+    with files.lock(run.path):
+        files.remove_tree(run.path)
+    return run.n_bytes
+
+
+def text(value: object) -> str:
+    """A setting or metric in a table."""
+    if isinstance(value, str):
+        return value if value.isprintable() else shown(value)
+    return f"{value:.5g}" if isinstance(value, float) else shown(value)
