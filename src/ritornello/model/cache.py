@@ -106,7 +106,8 @@ class Cache(KeyValues):
     def start_loop(self, loop: Loop, running: Tensor | None) -> None:
         """Called before each loop: note how deep the new tokens have come."""
         assert isinstance(loop, int), "this cache moves all sequences through the loops together"
-        require(self.policy != "per_loop" or loop < self.n_slots, "cache", f"{self.n_slots} loops", f"> {loop} loops")
+        if self.policy == "per_loop" and loop >= self.n_slots:  # a branch: compiled, these numbers may be symbolic
+            require(False, "cache", f"{self.n_slots} loops", f"> {loop} loops")
         self.n_run = loop + 1
         now = self.last[:, self.length : self.length + self.n_new]
         if running is None:
