@@ -18,7 +18,7 @@ from ritornello import recipes
 from ritornello.accounting import count_parameters
 from ritornello.config import Recipe
 from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.train.data import Batch, Batches, prepare
+from ritornello.train.data import Batch, Batches, Rows, prepare
 from ritornello.train.evaluate import evaluating
 from ritornello.train.optim import build_optimizers
 from ritornello.train.step import train_step
@@ -101,7 +101,7 @@ def rows(*, n: int) -> Iterator[dict[str, Any]]:
     dataset = prepare(base.data, Path.home() / CACHE, offline=True)
     how: Any = {"seq_len": base.data.seq_len, "batch_size": base.train.batch_size, "isolate_documents": False}
     draws = {seed: Batches(dataset.train, seed=seed, **how) for seed in SEEDS}
-    text = Batches(dataset.validation, seed=0, **how).rows
+    text = Rows(dataset.validation, seq_len=base.data.seq_len, isolate_documents=False)
     held_out = list(text.evaluation(base.train.batch_size, WINDOWS // base.train.batch_size))
 
     timed = iter(range(10_000))

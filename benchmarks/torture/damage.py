@@ -6,59 +6,53 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.torture.kills import Row, row
-from benchmarks.torture.subject import SAVE_EVERY, Subject
+from benchmarks.torture.subject import SAVE_EVERY, Row, Subject, row
 from ritornello.train import checkpoint
 
 NAMES = (*sorted(checkpoint.CONTENTS), checkpoint.MANIFEST)
-Damage = Callable[[Path, Path, random.Random], str]
+Damage = Callable[[bytes, random.Random], bytes | None]
 
 
-def bit(newest: Path, older: Path, rng: random.Random) -> str:
-    path = newest / rng.choice(NAMES)
-    data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-    return path.name
+def bit(data: bytes, rng: random.Random) -> bytes:
+    return _changed(data, rng.randrange(len(data)), 1, 1 << rng.randrange(8))
 
 
-def truncated(newest: Path, older: Path, rng: random.Random) -> str:
-    path = newest / rng.choice(NAMES)
-    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
-    return path.name
+def block(data: bytes, rng: random.Random) -> bytes:
+    return _changed(data, rng.randrange(len(data)), 512, 255)
 
 
-def longer(newest: Path, older: Path, rng: random.Random) -> str:
-    path = newest / rng.choice(NAMES)
-    path.write_bytes(path.read_bytes() + rng.randbytes(rng.randint(1, 99)))
-    return path.name
+def _changed(data: bytes, start: int, n: int, mask: int) -> bytes:
+    return data[:start] + bytes(x ^ mask for x in data[start : start + n]) + data[start + n :]
 
 
-def zeros(newest: Path, older: Path, rng: random.Random) -> str:
-    path = newest / rng.choice(NAMES)
-    data = bytearray(path.read_bytes())
-    start = rng.randrange(len(data))
-    block = slice(start, start + 512)
-    data[block] = bytes(255 - x for x in data[block])
-    path.write_bytes(data)
-    return path.name
+def truncated(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data))]
 
 
-def missing(newest: Path, older: Path, rng: random.Random) -> str:
-    path = newest / rng.choice(NAMES)
-    path.unlink()
-    return path.name
+def longer(data: bytes, rng: random.Random) -> bytes:
+    return data + rng.randbytes(rng.randint(1, 99))
 
 
-def swapped(newest: Path, older: Path, rng: random.Random) -> str:
-    """A file of another checkpoint; those that are equal in both are no damage."""
-    differ = [name for name in NAMES if (older / name).read_bytes() != (newest / name).read_bytes()]
-    name = rng.choice(differ)
-    shutil.copy(older / name, newest / name)
-    return name
+def missing(data: bytes, rng: random.Random) -> None:
+    return None
 
 
-KINDS: tuple[Damage, ...] = (bit, truncated, longer, zeros, missing, swapped)
+KINDS: tuple[Damage, ...] = (bit, block, truncated, longer, missing)
+
+
+def damage(newest: Path, older: Path, trial: int, rng: random.Random) -> tuple[str, str]:
+    """Spoil one file; returns how, and its name. Every sixth time it becomes that of another checkpoint."""
+    if trial % (len(KINDS) + 1) == len(KINDS):
+        name = rng.choice([name for name in NAMES if (older / name).read_bytes() != (newest / name).read_bytes()])
+        shutil.copy(older / name, newest / name)
+        return "swapped", name
+    name, kind = rng.choice(NAMES), KINDS[trial % (len(KINDS) + 1)]
+    data = kind((newest / name).read_bytes(), rng)
+    if data is None:
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes(data)
+    return kind.__name__, name
 
 
 class _Warnings(logging.Handler):
@@ -81,14 +75,13 @@ def damaged(subject: Subject, n: int) -> Row:
     checkpoint.logger.addHandler(heard)
     try:
         for trial in range(n):
-            kind = KINDS[trial % len(KINDS)]
-            name = kind(newest, older, rng)
+            kind, name = damage(newest, older, trial, rng)
             heard.said.clear()
             found = checkpoint.latest(out)
             if found != older:
-                problems.append(f"trial {trial}, {kind.__name__} of {name}: {found} taken")
+                problems.append(f"trial {trial}, {kind} of {name}: {found} taken")
             elif name not in " ".join(heard.said) and name != checkpoint.MANIFEST:
-                problems.append(f"trial {trial}, {kind.__name__} of {name}: not named in {heard.said}")
+                problems.append(f"trial {trial}, {kind} of {name}: not named in {heard.said}")
             shutil.rmtree(newest)
             shutil.copytree(whole, newest)
     finally:

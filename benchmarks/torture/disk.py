@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.torture.kills import Row, row
-from benchmarks.torture.subject import SAVE_EVERY, Subject, ended, forked
+from benchmarks.torture.subject import SAVE_EVERY, Row, Subject, ended, forked, place, row
 from ritornello.train import files
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES)
@@ -31,8 +30,7 @@ def failing(subject: Subject, code: int, *, background: bool) -> Row:
         shutil.rmtree(out)
         index += 1
     shutil.rmtree(out)
-    place = "background" if background else "foreground"
-    name = f"{errno.errorcode[code]} at every system call, checkpoints in the {place}"
+    name = f"{errno.errorcode[code]} at every system call, checkpoints in the {place(background)}"
     return row(name, index, problems, "each said where, or went on; nothing temporary left; resumed, equal bit for bit")
 
 
@@ -40,12 +38,12 @@ def _one_fails(index: int, code: int, work: Callable[[], object], out: Path) -> 
     run, calls = files._run, [0]
 
     def injected(operation: str, path: Path, call: Callable[..., Any], *arguments: Any) -> Any:
-        place, calls[0] = calls[0], calls[0] + 1
+        this, calls[0] = calls[0], calls[0] + 1
 
         def fail(*_: Any) -> None:
             raise OSError(code, os.strerror(code))
 
-        return run(operation, path, fail if place == index else call, *arguments)
+        return run(operation, path, fail if this == index else call, *arguments)
 
     files._run = injected
     try:

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.torture.subject import SAVE_EVERY, STEPS, Subject, ended, forked
+from benchmarks.torture.subject import SAVE_EVERY, STEPS, Row, Subject, ended, forked, place, row
 from ritornello.train import files
-
-Row = dict[str, Any]
 
 
 def at_random(subject: Subject, n: int, *, background: bool) -> Row:
@@ -40,7 +38,7 @@ def at_random(subject: Subject, n: int, *, background: bool) -> Row:
     problems += [] if ended(forked(lambda: subject.run(out, background=background))) == 0 else ["cannot be resumed"]
     problems += _whole(subject, out)
     shutil.rmtree(out)
-    name = f"kill -9 at a random moment, checkpoints in the {'background' if background else 'foreground'}"
+    name = f"kill -9 at a random moment, checkpoints in the {place(background)}"
     return row(name, n, problems, f"{far + 1} runs came to their end, equal to the undisturbed one bit for bit")
 
 
@@ -66,7 +64,7 @@ def at_every_call(subject: Subject, *, background: bool) -> Row:
         shutil.rmtree(out)
         index += 1
     shutil.rmtree(out)
-    name = f"kill -9 at every system call, checkpoints in the {'background' if background else 'foreground'}"
+    name = f"kill -9 at every system call, checkpoints in the {place(background)}"
     return row(name, index, problems, "each run resumed to its end, equal bit for bit")
 
 
@@ -109,10 +107,6 @@ def asked_to_stop(subject: Subject, n: int, signum: signal.Signals) -> Row:
     shutil.rmtree(out)
     ends = ", ".join(f"{count} with {code}" for code, count in sorted(codes.items()))
     return row(f"{signum.name} at a random moment", n, problems, f"ended {ends}; each resumed, equal bit for bit")
-
-
-def row(case: str, trials: int, problems: list[str], note: str) -> Row:
-    return {"case": case, "trials": trials, "failures": len(problems), "note": "; ".join(problems[:5]) or note}
 
 
 def rows(subject: Subject, *, scale: float) -> Iterator[Row]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.torture.kills import Row, row
-from benchmarks.torture.subject import SAVE_EVERY, Subject
+from benchmarks.torture.subject import SAVE_EVERY, Row, Subject, row
 from ritornello.train import files
 
 

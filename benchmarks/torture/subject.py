@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ritornello.config import DataConfig, ModelConfig, Recipe, TrainConfig
 from ritornello.train import checkpoint, files, runs
@@ -42,6 +43,7 @@ TRAIN = TrainConfig(
     save_every=SAVE_EVERY,
 )
 Digest = tuple[str, str]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -118,3 +120,11 @@ def forked(work: Callable[[], object]) -> int:
 def ended(pid: int) -> int:
     """Its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def place(background: bool) -> str:
+    return "background" if background else "foreground"
+
+
+def row(case: str, trials: int, problems: list[str], note: str) -> Row:
+    return {"case": case, "trials": trials, "failures": len(problems), "note": "; ".join(problems[:5]) or note}

@@ -94,6 +94,14 @@ def from_json(text: str) -> Recipe:
     return from_mapping(mapping)
 
 
+def read_json(path: Path) -> Recipe:
+    """`from_json` of a file, which its errors name."""
+    try:
+        return from_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def validated(kind: type[Kind], mapping: Mapping[str, Any]) -> Kind:
     """A dataclass from plain data: no coercion, nested dataclasses too; an error is one line with the dotted name."""
     from pydantic import ValidationError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ritornello.config import require, require_choice
+from ritornello.config import pick, require
 from ritornello.model.lora import Linear
 from ritornello.model.moe import Experts
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -19,11 +19,15 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 Weights = Literal["bf16", "int8"]
 
 
-class _Bfloat16(nn.Module):
+class _Rounded(nn.Module):
+    """How weights lie in memory, and come back in `dtype`."""
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
+
+class _Bfloat16(_Rounded):
     def forward(self, rounded: Tensor) -> Tensor:
         return rounded.to(self.dtype)
 
@@ -31,12 +35,8 @@ class _Bfloat16(nn.Module):
         return (weight.bfloat16(),)
 
 
-class _Int8(nn.Module):
+class _Int8(_Rounded):
     """Symmetric, with a scale for each row, all that goes into one output (LLM.int8(), 2208.07339, eq. 4)."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
 
     def forward(self, numbers: Tensor, scale: Tensor) -> Tensor:
         return (numbers * scale).to(self.dtype)
@@ -47,7 +47,7 @@ class _Int8(nn.Module):
         return (exact / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
-_KINDS: dict[str, type[nn.Module]] = {"bf16": _Bfloat16, "int8": _Int8}
+_KINDS: dict[str, type[_Rounded]] = {"bf16": _Bfloat16, "int8": _Int8}
 
 
 def quantize(model: RecurrentDepthTransformer, weights: Weights) -> None:
@@ -59,7 +59,7 @@ def quantize(model: RecurrentDepthTransformer, weights: Weights) -> None:
     Raises:
         ValueError: an unknown kind, or a model rounded before.
     """
-    require_choice("weights", weights, tuple(_KINDS))
+    kind = pick(_KINDS, weights, "weights")
     require(isinstance(model, RecurrentDepthTransformer), "model", type(model).__name__, "a RecurrentDepthTransformer")
     again = any(parametrize.is_parametrized(module) for module in model.modules())
     require(not again, "model", "rounded before", "rounded once; load it again for other weights")
@@ -72,5 +72,4 @@ def quantize(model: RecurrentDepthTransformer, weights: Weights) -> None:
         names = ["gate_up_proj", "down_proj"] if isinstance(module, Experts) else []
         names += ["weight"] if isinstance(module, Linear) else []
         for name in names:
-            kind = _KINDS[weights](getattr(module, name).dtype)
-            parametrize.register_parametrization(module, name, kind)
+            parametrize.register_parametrization(module, name, kind(getattr(module, name).dtype))

@@ -28,11 +28,12 @@ from torch.optim import Optimizer
 from ritornello import recipes
 from ritornello.config import Recipe, require_int
 from ritornello.train import files, tensors
+from ritornello.train.runs import CHECKPOINTS, CONFIG
 
 FORMAT = 1
 MAX_TOKENIZER = 100_000_000  # bytes
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-CONFIG, TOKENIZER, STATE, MANIFEST = "config.json", "tokenizer.json", "state.json", "manifest.json"
+TOKENIZER, STATE, MANIFEST = "tokenizer.json", "state.json", "manifest.json"
 CONTENTS = {MODEL, OPTIMIZER, CONFIG, TOKENIZER, STATE}
 
 Scalar = int | float | bool | str | None
@@ -111,7 +112,7 @@ def save(
         git_commit=_git_commit(),
         files={name: FileRecord(size=len(data), sha256=_sha256(data)) for name, data in contents.items()},
     )
-    directory = Path(run_dir, "checkpoints", f"step_{step:06d}")
+    directory = Path(run_dir, CHECKPOINTS, f"step_{step:06d}")
     if not _holds(directory, manifest):
         _write(directory, contents | {MANIFEST: _render(asdict(manifest))})
     _purge(directory, keep)
@@ -142,7 +143,7 @@ def verify(directory: str | Path) -> Manifest:
 
 def latest(run_dir: str | Path) -> Path | None:
     """The newest valid checkpoint of a run; damaged ones are skipped with a warning that names the file."""
-    return next(_valid(_directories(Path(run_dir, "checkpoints"))), None)
+    return next(_valid(_directories(Path(run_dir, CHECKPOINTS))), None)
 
 
 def load(run_or_checkpoint: str | Path) -> Checkpoint:
@@ -157,14 +158,10 @@ def load(run_or_checkpoint: str | Path) -> Checkpoint:
     manifest = verify(directory)
     model_state = tensors.read(directory / MODEL)
     tensors.require_finite(model_state, directory / MODEL)
-    try:
-        recipe = recipes.from_json(recipes.read_text(directory / CONFIG))
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: {error}") from None
     return Checkpoint(
         directory=directory,
         manifest=manifest,
-        recipe=recipe,
+        recipe=recipes.read_json(directory / CONFIG),
         tokenizer_json=recipes.read_text(directory / TOKENIZER, max_bytes=MAX_TOKENIZER),
         model_state=model_state,
     )

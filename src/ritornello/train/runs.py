@@ -46,10 +46,7 @@ def read(path: str | Path) -> Run:
     """
     path = Path(path)
     require(is_run(path), "RUN", str(path), "the directory of a run", "ritornello runs ls names them")
-    try:
-        recipe = recipes.from_json(recipes.read_text(path / CONFIG))
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG}: {error}") from None
+    recipe = recipes.read_json(path / CONFIG)
     metrics: dict[str, float] = {}
     for line in lines(path):
         metrics |= line

@@ -33,13 +33,14 @@ class Saver:
             OSError, ValueError: see `checkpoint.save`; in the background, of the one before.
         """
         self.wait()
-        how: Any = {"keep": self.keep, **others}
-        if self._pool is None:
-            how |= {"model_state": model_state, "optimizer_state": optimizer_state}
-            self.newest = checkpoint.save(self.run_dir, **how)
-        else:
-            how |= {"model_state": tensors.copied(model_state), "optimizer_state": tensors.copied(optimizer_state)}
+        states = {"model_state": model_state, "optimizer_state": optimizer_state}
+        if self._pool is not None:
+            states = {name: tensors.copied(state) for name, state in states.items()}
+        how: Any = {**states, **others, "keep": self.keep}
+        if self._pool is not None:
             self._pending = self._pool.submit(checkpoint.save, self.run_dir, **how)
+        else:
+            self.newest = checkpoint.save(self.run_dir, **how)
 
     def wait(self) -> Path | None:
         """The newest checkpoint, when all are written."""
