@@ -344,6 +344,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     momentum: float = 0.95  # Muon
     clip_norm: float = 1.0
+    skip_spikes: float = 0.0  # leave out a step whose loss or gradient norm is so many standard deviations up; 0: never
 
     schedule: Literal["constant", "cosine", "trapezoid"] = "trapezoid"
     warmup_steps: int = 50
@@ -394,7 +395,7 @@ class TrainConfig:
         require_float("mean_loops", self.mean_loops, self.min_loops, self.max_loops)
         for name in "lr muon_lr eps clip_norm".split():
             require_float(name, getattr(self, name), 0, open_low=True)
-        not_negative = "weight_decay depth_sigma router_bias_rate balance_weight ponder_weight probe_weight"
+        not_negative = "weight_decay skip_spikes depth_sigma router_bias_rate balance_weight ponder_weight probe_weight"
         for name in f"{not_negative} halting_prior_weight".split():
             require_float(name, getattr(self, name), 0)
         for name in "cooldown_fraction final_lr_fraction router_bias_cooldown momentum".split():

@@ -363,7 +363,7 @@ def test_a_newer_format_is_refused_with_advice_and_never_skipped(tmp_path: Path)
     directory = save(tmp_path, 2)
     manifest_for(directory, format=checkpoint.FORMAT + 1)
     for act in (checkpoint.verify, checkpoint.load):
-        with pytest.raises(checkpoint.NewerFormatError, match=r"format 2 is newer than this version's 1; upgrade"):
+        with pytest.raises(checkpoint.NewerFormatError, match=r"format 3 is newer than this version's 2; upgrade"):
             act(directory)
     with pytest.raises(checkpoint.NewerFormatError):
         checkpoint.latest(tmp_path)

@@ -6,8 +6,9 @@ import torch
 
 from ritornello.config import ModelConfig, TrainConfig
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train.guard import NonFiniteError
 from ritornello.train.optim import build_optimizers
-from ritornello.train.step import NonFiniteError, Plan, accumulate, router_metrics, train_step
+from ritornello.train.step import Plan, accumulate, router_metrics, train_step
 from tests.train.small import batch, model_config, train_config
 
 KINDS = {

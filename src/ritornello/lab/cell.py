@@ -23,9 +23,10 @@ from ritornello.model.carry import SingleStream
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth, files, tensors
 from ritornello.train.data import NO_LABEL, Batch
+from ritornello.train.guard import NonFiniteError
 from ritornello.train.halting import fit_gate
 from ritornello.train.optim import build_optimizers
-from ritornello.train.step import NonFiniteError, train_step
+from ritornello.train.step import train_step
 
 Role = Literal["looped", "plain", "ablation"]
 DATA_STREAM = 2  # of the host's random numbers of one (seed, step); 0 and 1 draw depths and probed states

@@ -11,6 +11,7 @@ from ritornello.model.context import Context, Loop
 from ritornello.model.lora import Linear
 from ritornello.model.norm import RMSNorm
 from ritornello.ops.attention import attention, rotate
+from ritornello.ops.linear import lowered
 
 
 class Attention(nn.Module, ABC):
@@ -24,6 +25,7 @@ class Attention(nn.Module, ABC):
         self, x: Tensor, loop: Loop, table: Loop, context: Context, kv: KeyValues, running: Tensor | None
     ) -> Tensor:
         """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
+        x = lowered(x)
         entries = kv.put(self.layer, loop, self.entry(x, context), running, context.some)
         return self.attend(x, table, entries, context)
 
@@ -139,8 +141,7 @@ class LatentAttention(Attention):
         weight = self.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))
         w_key, w_value = weight.to(nope.dtype).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q = torch.cat((torch.einsum("bhtn,hnr->bhtr", nope, w_key), rotary), -1)
-        latent = entries[:, None, :, : c.kv_lora_rank]
-        y = attention(q, entries[:, None], latent, mask=mask, scale=self.scale)
+        y = attention(q, entries[:, None], entries[:, None, :, : c.kv_lora_rank], mask=mask, scale=self.scale)
         return torch.einsum("bhtr,hvr->bhtv", y, w_value)
 
 

@@ -10,7 +10,7 @@ from ritornello.model.attention import lora_options
 from ritornello.model.context import Loop
 from ritornello.model.lora import Linear
 from ritornello.ops.experts import experts
-from ritornello.ops.linear import linear
+from ritornello.ops.linear import linear, lowered
 from ritornello.ops.routing import balance_loss, limit_groups
 
 
@@ -25,6 +25,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(width, config.dim, **lora)
 
     def forward(self, x: Tensor, table: Loop) -> Tensor:
+        x = lowered(x)
         return self.down_proj(nn.functional.silu(self.gate_proj(x, table)) * self.up_proj(x, table), table)
 
 
@@ -58,8 +59,7 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = linear(x.to(dtype), self.weight.to(dtype))
         scores = logits.sigmoid() if c.router_score == "sigmoid" else logits.softmax(-1)
-        bias = self.e_score_correction_bias
-        bias = bias[table] if c.router_bias_per_loop else bias
+        bias = self.e_score_correction_bias[table] if c.router_bias_per_loop else self.e_score_correction_bias
         choice = (scores if c.router_score == "sigmoid" else logits).detach() + bias
         choice = limit_groups(choice, c.n_expert_groups, c.n_active_groups)
         indices = choice.topk(c.n_active_experts, -1, sorted=False).indices

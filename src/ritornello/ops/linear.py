@@ -24,6 +24,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def lowered(x: Tensor) -> Tensor:
+    """float32 as autocast will multiply it, where it is on: converted once for all products that read it."""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def low_rank_ref(x: Tensor, down: Tensor, up: Tensor, loop: Tensor | int) -> Tensor:
     """Defines `low_rank`: each token's own two matrices."""
     index = torch.as_tensor(loop, device=x.device).expand(x.shape[:2])

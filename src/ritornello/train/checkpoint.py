@@ -15,7 +15,7 @@ import logging
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import islice
@@ -30,7 +30,7 @@ from ritornello.config import Recipe, require_int
 from ritornello.train import files, tensors
 from ritornello.train.runs import CHECKPOINTS, CONFIG
 
-FORMAT = 1
+FORMAT = 2
 MAX_TOKENIZER = 100_000_000  # bytes
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 TOKENIZER, STATE, MANIFEST = "tokenizer.json", "state.json", "manifest.json"
@@ -134,8 +134,8 @@ def verify(directory: str | Path) -> Manifest:
         manifest = recipes.validated(Manifest, body)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if manifest.format != FORMAT or manifest.files.keys() != CONTENTS:
-        raise ValueError(f"{source}: must list the files {', '.join(sorted(CONTENTS))} in format {FORMAT}")
+    if not 1 <= manifest.format <= FORMAT or manifest.files.keys() != CONTENTS:
+        raise ValueError(f"{source}: must list the files {', '.join(sorted(CONTENTS))} in a format up to {FORMAT}")
     for name, record in manifest.files.items():
         _verify_file(directory / name, record)
     return manifest
@@ -173,8 +173,17 @@ def training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor | Scalar], 
     state = recipes.parse_json(recipes.read_text(source), source)
     match state:
         case {"optimizer": dict(scalars), "trainer": dict(trainer)}:
+            for older in range(checkpoint.manifest.format, FORMAT):
+                trainer = MIGRATIONS[older](trainer)
             return {**tensors.read(checkpoint.directory / OPTIMIZER), **scalars}, trainer
     raise ValueError(f"{source}: must hold an optimizer's and a trainer's state")
+
+
+def _without_guard(trainer: dict[str, Any]) -> dict[str, Any]:
+    return {**trainer, "guard": {"losses": [], "grad_norms": [], "lost": [], "n_skipped": 0}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_guard}  # of a format to the next one
 
 
 def flatten_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor | Scalar]:

@@ -15,23 +15,12 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
 from ritornello.train import depth, losses
 from ritornello.train.data import NO_LABEL, Batch
+from ritornello.train.guard import Limits
 from ritornello.train.optim import set_learning_rate
 from ritornello.train.router import update_router_bias
 from ritornello.train.schedule import learning_rate_scale, router_bias_rate
 
 PROBE_STREAM = 1  # of the host's random numbers; 0 draws the depths
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite; neither parameters nor optimizers changed."""
-
-    def __init__(self, step: int, sequences: NDArray[np.int64]) -> None:
-        self.step, self.sequences = step, sequences.tolist()
-        ids = ", ".join(map(str, self.sequences))
-        super().__init__(
-            f"step {step}: the loss or a gradient is not finite; nothing was updated; "
-            f"lower train.lr, or look at sequences {ids}"
-        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,7 @@ def train_step(
     *,
     train: TrainConfig,
     step: int,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> dict[str, Tensor | float]:
     """Update `model` in place from one global batch; `step` counts from 0.
 
@@ -82,7 +72,7 @@ def train_step(
     before clipping, `lr`, `mean_loops`, and of the router `router_violation`, `router_entropy`.
 
     Raises:
-        NonFiniteError: before any parameter, buffer or optimizer state changed.
+        NonFiniteError, SpikeError: before any parameter, buffer or optimizer state changed.
     """
     scale = learning_rate_scale(train, step)
     set_learning_rate(optimizers, scale)
@@ -92,17 +82,19 @@ def train_step(
     terms, load = accumulate(model, plan, train)
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
-    if not torch.isfinite(torch.stack([norm.float(), *terms.values()])).all():
-        raise NonFiniteError(step, batch.indices)
+    grad_norm, *values = torch.stack([norm.float(), *terms.values()]).tolist()
+    measured = dict(zip(terms, values, strict=True))
+    loss = measured.pop("next_token")
+    limits.check(step, batch.indices.tolist(), loss, grad_norm, list(measured.values()))
     for optimizer in optimizers:
         optimizer.step()
     rate = router_bias_rate(train, step)
     if load is not None and rate:
         update_router_bias(model, load, rate=rate, min_tokens=train.router_bias_min_tokens)
-    metrics: dict[str, Tensor | float] = {"loss": terms.pop("next_token"), "lr": train.lr * scale, "grad_norm": norm}
+    metrics: dict[str, Tensor | float] = {"loss": loss, "lr": train.lr * scale, "grad_norm": grad_norm}
     if not model.config.is_plain:
         metrics["mean_loops"] = float(plan.counts.mean())
-    return metrics | terms | (router_metrics(load) if load is not None else {})
+    return metrics | measured | (router_metrics(load) if load is not None else {})
 
 
 def accumulate(

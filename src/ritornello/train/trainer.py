@@ -1,5 +1,6 @@
 """A whole run: data, model, steps, evaluations, metrics and checkpoints, from a recipe to a directory."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ritornello import recipes
@@ -17,6 +19,7 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, files, tensors
 from ritornello.train.data import NO_LABEL, Batch, Batches, Rows, prepare
 from ritornello.train.evaluate import Evaluation, evaluate
+from ritornello.train.guard import Guard, SkippedStepError
 from ritornello.train.halting import fit_gate
 from ritornello.train.interrupt import InterruptedRunError, stop_request
 from ritornello.train.metrics import MetricsFile, Observer, TensorBoard, to_host
@@ -29,6 +32,7 @@ from ritornello.train.warm_start import warm_start
 
 GATE_BATCHES = 8  # that a frozen gate is fitted on, the ones after the last step's
 CACHE = Path(".cache", "ritornello")  # in the home directory: tokenised data
+logger = logging.getLogger("ritornello")
 
 
 def train(
@@ -55,7 +59,7 @@ def train(
 
     Raises:
         ValueError: a recipe that doesn't fit its data; a run in `out` already, or another model's or data's.
-        NonFiniteError: a loss that isn't finite; the last checkpoint is intact.
+        NonFiniteError: no finite loss and gradient in three steps in a row; the last checkpoint is intact.
         InterruptedRunError: Ctrl-C or SIGTERM came; the step was finished and saved.
     """
     out, config = Path(out), recipe.train
@@ -93,7 +97,8 @@ def train(
 
 @dataclass
 class Trainer:
-    """A run in progress; `step` steps are done. All that changes is the model, the optimizers and this count."""
+    """A run in progress; `step` steps are done or left out. All that changes is the model, the optimizers, this count
+    and what the guard has seen."""
 
     recipe: Recipe
     dataset: Dataset
@@ -109,11 +114,13 @@ class Trainer:
         """One step, and what is due after it."""
         config, start = self.recipe.train, time.perf_counter()
         batch = self._batches.batch(self.step)
-        measured = train_step(self.model, self.optimizers, batch, train=config, step=self.step)
+        measured = self._try(batch)
         self.step += 1
         self._tokens += batch.tokens.size
         last = self.step == config.steps
-        log = to_host(measured) if last or self.step % config.log_every == 0 else None
+        if measured is None:
+            self._report({"skipped_steps": self.guard.n_skipped})
+        log = to_host(measured) if measured and (last or self.step % config.log_every == 0) else None
         self._seconds += time.perf_counter() - start
         if log is not None:
             self._log(log, batch)
@@ -123,6 +130,18 @@ class Trainer:
             self._report(self.evaluate().metrics())
         if last or self.step % config.save_every == 0:
             self.save()
+
+    def _try(self, batch: Batch) -> dict[str, Tensor | float] | None:
+        """The step's metrics; None where it was left out."""
+        try:
+            how: Any = {"train": self.recipe.train, "step": self.step, "limits": self.guard.limits()}
+            measured = train_step(self.model, self.optimizers, batch, **how)
+        except SkippedStepError as error:
+            self.guard.skipped(error)
+            logger.warning("%s", error)
+            return None
+        self.guard.done(float(measured["loss"]), float(measured["grad_norm"]))
+        return measured
 
     def evaluate(self) -> Evaluation:
         """Bits per byte on `eval_batches` batches of validation text, at `eval_loops`."""
@@ -143,7 +162,8 @@ class Trainer:
             recipe=self.recipe,
             tokenizer_json=self.dataset.tokenizer.to_json(),
             optimizer_state=checkpoint.flatten_optimizers(self.optimizers, self.model),
-            trainer_state={"step": self.step},  # data, depth and noise are functions of (seed, step)
+            # data, depth and noise are functions of (seed, step)
+            trainer_state={"step": self.step, "guard": self.guard.state()},
             fingerprint=self.dataset.fingerprint,
         )
 
@@ -159,7 +179,12 @@ class Trainer:
         optimizer_state, state = checkpoint.training_state(found)
         self.model.load_state_dict(found.model_state)
         checkpoint.restore_optimizers(self.optimizers, self.model, optimizer_state)
+        self.guard.restore(state["guard"])
         self.step, self.saver.newest = state["step"], found.directory
+
+    @cached_property
+    def guard(self) -> Guard:
+        return Guard(self.recipe.train.skip_spikes)
 
     @property
     def _row_settings(self) -> dict[str, Any]:
