@@ -54,7 +54,8 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
     """Each block of queries over the span of keys that one of them may see: the kernel computes what a mask hides."""
     parts, mask = [], mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])
     for queries, seen in zip(q.split(BLOCK, -2), mask.split(BLOCK, -2), strict=True):
-        places = seen.flatten(0, -2).any(0).nonzero().flatten().tolist() or [0]  # a block may see nothing
+        some = seen.flatten(0, -2).view(torch.uint8).amax(0)  # as bool, any() takes twenty times as long
+        places = some.nonzero().flatten().tolist() or [0]  # a block may see nothing
         span = slice(places[0], places[-1] + 1)
         parts.append(attention(queries, k[..., span, :], v[..., span, :], mask=seen[..., span], scale=scale))
     return torch.cat(parts, -2)
