@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.torture import damage, disk, kills, power
+from benchmarks.torture import damage, disk, kills, power, steps
 from benchmarks.torture.subject import prepared
 
 RESULTS = Path(__file__).parent.parent / "results" / "torture.json"
@@ -26,6 +26,7 @@ def main() -> int:
             damage.rows(subject, scale=options.scale),
             power.rows(subject),
             disk.rows(subject),
+            steps.rows(subject, scale=options.scale),
             kills.rows(subject, scale=options.scale),
         ):
             for row in rows:

@@ -1,0 +1,170 @@
+"""Every reader of a file somebody else may have written, fed with bytes: it may raise ValueError, and nothing else.
+
+`test_fuzz.py` changes valid files at random. `python -m tests.fuzz READER SECONDS` lets atheris (pip install atheris)
+look for inputs that reach new code, starting from the same files; what it finds goes into `FOUND`.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet_file
+import safetensors.torch
+import torch
+
+from ritornello import recipes
+from ritornello.config import ModelConfig, Recipe
+from ritornello.train import checkpoint, runs, shards, tensors
+from ritornello.train.corpus import open_corpus
+from ritornello.train.tokenizer import ByteTokenizer, from_json, train_bpe
+
+TEXTS = ("def f(x):\n    return x", "naïve — 🙂", "", "a b c " * 20)
+Reader = Callable[[bytes], object]
+
+
+@functools.cache
+def folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = folder() / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def toml(data: bytes) -> Recipe:
+    return recipes.from_mapping(recipes.apply_sets(recipes.read_toml(_file("recipe.toml", data)), []))
+
+
+def config(data: bytes) -> Recipe:
+    return recipes.read_json(_file("config.json", data))
+
+
+def setting(data: bytes) -> Recipe:
+    return recipes.from_mapping(recipes.apply_sets({}, [data.decode(errors="surrogateescape")]))
+
+
+def tokenizer(data: bytes) -> list[int]:
+    return from_json(data.decode(errors="surrogateescape")).encode("a b")
+
+
+def weights(data: bytes) -> object:
+    return tensors.read(_file("model.safetensors", data))
+
+
+def manifest(data: bytes) -> object:
+    return checkpoint.verify(_file("step_000001/manifest.json", data).parent)
+
+
+def corpus(name: str, data: bytes) -> int:
+    documents = open_corpus(str(_file(name, data)), utf8=True).documents()
+    return sum(len(piece) for document in documents for piece in document.pieces)
+
+
+def tokenised(data: bytes) -> object:
+    _shards()
+    return shards.open_shards(_file("shards/meta.json", data).parent)
+
+
+def metrics(data: bytes) -> object:
+    return runs.lines(_file("metrics.jsonl", data).parent)
+
+
+READERS: dict[str, Reader] = {
+    "toml": toml,
+    "config": config,
+    "setting": setting,
+    "tokenizer": tokenizer,
+    "weights": weights,
+    "manifest": manifest,
+    "text": functools.partial(corpus, "corpus.txt"),
+    "jsonl": functools.partial(corpus, "corpus.jsonl"),
+    "parquet": functools.partial(corpus, "corpus.parquet"),
+    "shards": tokenised,
+    "metrics": metrics,
+}
+
+
+@functools.cache
+def _shards() -> bytes:
+    """Tokenised data beside which another meta.json is put; returns the right one."""
+    path = _file("small.jsonl", b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS * 9))
+    (folder() / "shards").mkdir()
+    shards.build(open_corpus(str(path)), ByteTokenizer(), folder() / "shards")
+    return (folder() / "shards" / "meta.json").read_bytes()
+
+
+def _parquet() -> bytes:
+    stream = io.BytesIO()
+    parquet_file.write_table(pa.table({"text": list(TEXTS)}), stream)
+    return stream.getvalue()
+
+
+def _manifest() -> bytes:
+    files = {name: checkpoint.FileRecord(size=3, sha256="0" * 64) for name in sorted(checkpoint.CONTENTS)}
+    return checkpoint._render(
+        {
+            "format": checkpoint.FORMAT,
+            "step": 1,
+            "fingerprint": "f",
+            "versions": {},
+            "git_commit": None,
+            "files": {name: vars(record) for name, record in files.items()},
+        }
+    )
+
+
+@functools.cache
+def seed(reader: str) -> bytes:
+    """A valid file. The manifest's describes files that are not there."""
+    recipe = Recipe(name="r", model=ModelConfig(dim=32))
+    return {
+        "toml": lambda: b'name = "r"\n[model]\npreset = "tiny"\n[train]\nlr = 1e-3\neval_loops = [1, 2]\n',
+        "config": lambda: recipes.to_json(recipe).encode(),
+        "setting": lambda: b"train.eval_loops=[1, 2]",
+        "tokenizer": lambda: train_bpe(TEXTS, 270).to_json().encode(),
+        "weights": lambda: safetensors.torch.save({"a": torch.zeros(2), "b": torch.ones(3, 1)}, {"tied": '{"c": "a"}'}),
+        "manifest": _manifest,
+        "text": lambda: "\n".join(TEXTS).encode(),
+        "jsonl": lambda: b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS),
+        "parquet": _parquet,
+        "shards": _shards,
+        "metrics": lambda: b'{"step": 1, "loss": 5.5}\n{"step": 2, "loss": 5.25}\n',
+    }[reader]()
+
+
+FOUND: dict[str, list[bytes]] = {
+    "shards": [b"[" * 100_000],
+    "metrics": [b"[" * 100_000],
+}
+
+
+def main() -> None:
+    import atheris
+
+    name, seconds = sys.argv[1], sys.argv[2]
+    reader, start = READERS[name], folder() / "seeds"
+    start.mkdir()
+    for i, data in enumerate((seed(name), *FOUND.get(name, []))):
+        (start / str(i)).write_bytes(data)
+    atheris.instrument_all()
+
+    def one(data: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            reader(data)
+
+    limits = [f"-max_total_time={seconds}", "-max_len=8192", "-rss_limit_mb=4096", "-timeout=20", "-verbosity=0"]
+    atheris.Setup([sys.argv[0], *limits, "-print_final_stats=1", str(start)], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
