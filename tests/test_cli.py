@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ritornello import cli
+from ritornello import cli, recipes
 from ritornello.config import ExitRule, Recipe
 from ritornello.device import fallbacks, pick_device
 
@@ -44,8 +44,12 @@ def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Backend:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.toml").write_text('name = "mine"\n[train]\nsteps = 7\n')
 
-    def train(recipe: Recipe, *, observer: Any, data_progress: Any, **_: Any) -> None:
+    def train(recipe: Recipe, *, out: Path, observer: Any, data_progress: Any, **_: Any) -> None:
         data_progress("tokenise", 1, 2)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(recipes.to_json(recipe))
+        if not (out / "metrics.jsonl").exists():
+            (out / "metrics.jsonl").write_text('{"step": 7, "peak_mb": 512.5}')
         observer.update(recipe.train.steps, {"loss": 1.5, "tok_per_s": 2e4})
 
     return Backend(monkeypatch, "ritornello.train.trainer", train=train)
@@ -164,12 +168,12 @@ def test_train_hands_over_the_recipe(capsys: pytest.CaptureFixture[str], trainer
         "other_data": False,
         "profile": 0,
     }
-    assert "tokenise 50%" in err
+    assert "tokenise 50%" in err and "peak memory 512.5 MB; 0.0 MB on disk" in err
 
 
 def test_quiet_may_come_before_the_verb(capsys: pytest.CaptureFixture[str], trainer: Backend) -> None:
     assert run(capsys, "-q", "train", "r.toml", "--out", "new") == (0, "new\n", "")
-    assert run(capsys, "train", "r.toml", "--out", "new", "--quiet") == (0, "new\n", "")
+    assert run(capsys, "train", "r.toml", "--out", "newer", "--quiet") == (0, "newer\n", "")
 
 
 def test_a_used_directory_needs_resume(capsys: pytest.CaptureFixture[str], trainer: Backend, tmp_path: Path) -> None:

@@ -381,7 +381,9 @@ class TrainConfig:
     save_in_background: bool = True  # training goes on from a copy in memory while a checkpoint is written
     keep_checkpoints: int = 2
     warm_start: str = ""  # a run or checkpoint whose weights this run starts from
-    tensorboard: bool = False
+    tensorboard: bool = False  # metrics.jsonl's figures also there; this and the next need their package
+    trackio: bool = False
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         require_kinds(self)

@@ -1,6 +1,8 @@
 """Where a run happens: CUDA, Apple's MPS or the CPU, chosen in this order."""
 
 import os
+import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -38,6 +40,18 @@ def fallbacks(device: torch.device) -> tuple[str, ...]:
     if device.type == "mps":
         said += ["experts: a matmul for each expert, not grouped", "float64: not available on mps"]
     return tuple(said)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: allocated on a CUDA device, else resident of this process; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if find_spec("resource") is None:  # Windows
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def n_cores() -> int:

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from ritornello.train.interrupt import InterruptedRunError
 from ritornello.train.trainer import train
 from tests.train.small import recipe, text_file
 
-TIMING = frozenset({"tok_per_s"})  # what differs between two runs of one recipe
+TIMING = frozenset({"tok_per_s", "peak_mb"})  # what differs between two runs of one recipe
 
 
 class Watch:
@@ -182,6 +184,33 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
     pytest.importorskip("tensorboard")
     run(recipe(tmp_path, steps=2, tensorboard=True), tmp_path)
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("package", ["trackio", "wandb"])
+def test_trackers_get_the_same_figures(tmp_path, monkeypatch, capsys, package):
+    """Their calls, on a stand-in: what the packages themselves do is theirs."""
+    calls: list[tuple[str, Any]] = []
+    fake = ModuleType(package)
+    fake.init = lambda **how: calls.append(("init", how)) or print("hello")
+    fake.log = lambda metrics, step: calls.append(("log", (step, metrics)))
+    fake.finish = lambda: calls.append(("finish", None))
+    monkeypatch.setitem(sys.modules, package, fake)
+    for steps in (2, 3):
+        given = recipe(tmp_path, steps=steps, schedule="constant", **{package: True})
+        run(given, tmp_path, resume=True, offline=True)
+    assert [name for name, _ in calls if name != "log"] == ["init", "finish"] * 2 and calls[-1][0] == "finish"
+    how = calls[0][1]
+    assert how["name"] == "run" and how["resume"] == "allow" and how["config"]["train"]["steps"] == 2
+    assert ("mode" in how and how["mode"] == "offline") is (package == "wandb")
+    logged = [{"step": step, **metrics} for name, (step, metrics) in [c for c in calls if c[0] == "log"]]
+    assert logged == runs.lines(tmp_path / "run")
+    assert not capsys.readouterr().out
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"train\.wandb = True: needs the package wandb; pip install '"):
+        run(recipe(tmp_path, steps=2, wandb=True), tmp_path)
 
 
 def test_steps_are_traced(tmp_path):

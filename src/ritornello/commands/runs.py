@@ -40,12 +40,13 @@ class Runs(Command):
             print(f"{path}: {megabytes(runs.remove(path))} freed")
 
     def show_list(self, found: "list[Run]") -> None:
-        columns = ["run", "state", "step", "loss", "best val bpb", "on disk", "changed"]
+        columns = ["run", "state", "step", "loss", "best val bpb", "peak memory", "on disk", "changed"]
         rows: list[list[Any]] = []
         for run in found:
             losses = [value for name, value in run.metrics.items() if name.startswith("val_bpb")]
             steps, ago = f"{run.step}/{run.recipe.train.steps}", age(time.time() - run.changed)
-            numbers = [run.metrics.get("loss"), min(losses, default=None)]
+            peak = run.metrics.get("peak_mb")
+            numbers = [run.metrics.get("loss"), min(losses, default=None), peak and megabytes(peak * 1e6)]
             rows.append([str(run.path), run.state, steps, *numbers, megabytes(run.n_bytes), ago])
         self.show(columns, rows)
 
@@ -75,7 +76,7 @@ class Runs(Command):
         Console().print(table)
 
 
-def megabytes(n_bytes: int) -> str:
+def megabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:,.1f} MB"
 
 

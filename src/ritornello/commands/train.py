@@ -52,6 +52,7 @@ class Train(Command):
                 other_data=self.other_data,
                 profile=self.profile,
             )
+            progress.note(_used(out))
         print(out)
 
 
@@ -59,6 +60,18 @@ def _default_out(name: str) -> Path:
     plain = Path(name).name == name and name not in ("", "..")
     require(plain, "name", name, "a plain name, without folders", "--out chooses another place")
     return Path("runs", name)
+
+
+def _used(out: Path) -> str:
+    """What a run took."""
+    import shutil
+
+    from ritornello.commands.runs import megabytes
+    from ritornello.train import runs
+
+    run = runs.read(out)
+    peak, free = run.metrics.get("peak_mb", 0.0) * 1e6, shutil.disk_usage(out).free
+    return f"peak memory {megabytes(peak)}; {megabytes(run.n_bytes)} on disk, {free / 1e9:,.1f} GB free"
 
 
 def check_output(out: Path, *, resume: bool) -> None:

@@ -2,9 +2,12 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +54,29 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+
+class Tracker:
+    """The same figures for W&B or Trackio, whose calls are alike: project `ritornello`, the run by its directory's
+    name, continued where it exists. Offline W&B keeps them in `run_dir`/wandb, to be sent by `wandb sync`."""
+
+    def __init__(self, package: str, run_dir: Path, *, config: dict[str, Any], offline: bool) -> None:
+        try:
+            self._module = import_module(package)
+        except ImportError as error:
+            remedy = f"pip install 'ritornello[{package}]'"
+            raise ValueError(f"train.{package} = True: needs the package {package}; {remedy}") from error
+        name = run_dir.resolve().name
+        own = {"id": name, "dir": str(run_dir), "mode": "offline" if offline else None} if package == "wandb" else {}
+        with redirect_stdout(sys.stderr):  # standard output is for results
+            self._module.init(project="ritornello", name=name, config=config, resume="allow", **own)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._module.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._module.finish()
 
 
 def to_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:

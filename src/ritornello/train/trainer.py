@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from ritornello import recipes
 from ritornello.config import DataConfig, ModelConfig, Recipe, default_exit, require, shown
-from ritornello.device import pick_device
+from ritornello.device import peak_memory, pick_device
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, files, tensors
 from ritornello.train.data import NO_LABEL, Batch, Batches, Rows, prepare
@@ -22,7 +23,7 @@ from ritornello.train.evaluate import Evaluation, evaluate
 from ritornello.train.guard import Guard, SkippedStepError
 from ritornello.train.halting import fit_gate
 from ritornello.train.interrupt import InterruptedRunError, stop_request
-from ritornello.train.metrics import MetricsFile, Observer, TensorBoard, to_host
+from ritornello.train.metrics import MetricsFile, Observer, TensorBoard, Tracker, to_host
 from ritornello.train.optim import build_optimizers
 from ritornello.train.profiling import profiling
 from ritornello.train.saver import Saver
@@ -82,8 +83,8 @@ def train(
             ok = trainer.step <= config.steps
             require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
         files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
-        trainer.observers = _observers(recipe, out, trainer.step, observer)
-        with profiling(out, profile) as step_done:
+        with ExitStack() as stack, profiling(out, profile) as step_done:
+            trainer.observers = [*_observers(recipe, out, trainer.step, offline, stack), *filter(None, [observer])]
             while trainer.step < config.steps:
                 trainer.advance()
                 step_done()
@@ -210,16 +211,24 @@ class Trainer:
         bits = metrics["loss"] / math.log(2) * int((batch.labels != NO_LABEL).sum())
         speed = self._tokens / self._seconds
         self._tokens, self._seconds = 0, 0.0
-        self._report({**metrics, "bpb": bits / max(1, int(batch.n_bytes.sum())), "tok_per_s": round(speed, 1)})
+        used = {"tok_per_s": round(speed, 1), "peak_mb": round(peak_memory(self.model.norm.weight.device) / 1e6, 1)}
+        self._report({**metrics, "bpb": bits / max(1, int(batch.n_bytes.sum())), **used})
 
     def _report(self, metrics: dict[str, float]) -> None:
         for observer in self.observers:
             observer.update(self.step, metrics)
 
 
-def _observers(recipe: Recipe, out: Path, step: int, observer: Observer | None) -> list[Observer]:
-    board = [TensorBoard(out, step=step)] if recipe.train.tensorboard else []
-    return [MetricsFile(out, step=step), *board, *([observer] if observer is not None else [])]
+def _observers(recipe: Recipe, out: Path, step: int, offline: bool, stack: ExitStack) -> list[Observer]:
+    """The metrics file, and what else the recipe asks for; `stack` closes them."""
+    found: list[Observer] = [MetricsFile(out, step=step)]
+    if recipe.train.tensorboard:
+        found.append(TensorBoard(out, step=step))
+    for package in ("trackio", "wandb"):
+        if getattr(recipe.train, package):
+            found.append(tracker := Tracker(package, out, config=asdict(recipe), offline=offline))
+            stack.callback(tracker.close)
+    return found
 
 
 def _check_vocabulary(recipe: Recipe, dataset: Dataset) -> None:
