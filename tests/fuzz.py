@@ -74,8 +74,8 @@ def tokenised(data: bytes) -> object:
     return shards.open_shards(_file("shards/meta.json", data).parent)
 
 
-def metrics(data: bytes) -> object:
-    return runs.lines(_file("metrics.jsonl", data).parent)
+def metrics(data: bytes) -> int:
+    return sum(line["step"] for line in runs.lines(_file("metrics.jsonl", data).parent))
 
 
 READERS: dict[str, Reader] = {
@@ -141,10 +141,8 @@ def seed(reader: str) -> bytes:
     }[reader]()
 
 
-FOUND: dict[str, list[bytes]] = {
-    "shards": [b"[" * 100_000],
-    "metrics": [b"[" * 100_000],
-}
+LARGE = (b"[" * 100_000, b'{"a":' * 50_000, b"9" * 100_000, b'"' + b"a" * 100_000)
+FOUND: dict[str, list[bytes]] = {"metrics": [b"3\n", b'{"step": "x"}']}
 
 
 def main() -> None:

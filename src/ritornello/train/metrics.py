@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ritornello.train import files
-from ritornello.train.runs import METRICS
+from ritornello.train.runs import METRICS, parsed
 
 
 class Observer(Protocol):
@@ -29,7 +29,8 @@ class MetricsFile:
         self.path = run_dir / METRICS
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
-            files.write_atomic(self.path, b"".join(line for line in lines if _step(line) <= step))
+            kept = [line for line in lines if (found := parsed(line)) is not None and found["step"] <= step]
+            files.write_atomic(self.path, b"".join(kept))
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raises ArithmeticError naming what is not finite: the weights are lost, the last checkpoint is not."""
@@ -84,11 +85,3 @@ def to_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
     values = torch.stack([value.detach().float() for value in tensors.values()]).tolist() if tensors else []
     return {**metrics, **dict(zip(tensors, values, strict=True))}  # pyrefly: ignore
-
-
-def _step(line: bytes) -> float:
-    """A line that a kill cut short belongs to no step."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -65,15 +65,19 @@ def read(path: str | Path) -> Run:
 
 
 def lines(path: str | Path) -> list[dict[str, Any]]:
-    """Every line of a run's metrics, in order; one that a kill cut short is left out."""
+    """Every line of a run's metrics, in order; one that a kill cut short, or that has no step, is left out."""
     source = Path(path, METRICS)
-    found = []
-    for line in source.read_bytes().splitlines() if source.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    found = [parsed(line) for line in source.read_bytes().splitlines()] if source.exists() else []
+    return [line for line in found if line is not None]
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics, if it is one."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

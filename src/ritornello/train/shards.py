@@ -206,7 +206,7 @@ def open_shards(directory: Path, *, verify: bool = True) -> Dataset:
         train, validation = (_open_split(directory, name, meta, tokenizer, verify) for name in SPLITS)
         origin = meta["fingerprint"], meta["corpus"], tuple(meta["held_out"])
         return Dataset(directory, train, validation, tokenizer, *origin)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         message = f"tokenised data {str(directory)!r}: must be complete and unchanged; {reason}"
         raise ValueError(f"{message}; remove it to tokenise again") from error
