@@ -1,4 +1,4 @@
-"""python -m benchmarks.torture: every case; writes benchmarks/results/torture.json. Takes twenty minutes."""
+"""python -m benchmarks.torture: every case; writes benchmarks/results/torture.json. Takes half an hour."""
 
 import argparse
 import json

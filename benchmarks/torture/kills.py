@@ -16,10 +16,7 @@ from ritornello.train import files
 def at_random(subject: Subject, n: int, *, background: bool) -> Row:
     """The same run again and again, resumed where the last kill left it; when it ends, a new one."""
     rng, problems, far, out, started = random.Random(background), [], 0, subject.folder / "killed", 0
-    begun = time.monotonic()
-    assert ended(forked(lambda: subject.run(out, background=background))) == 0
-    whole = time.monotonic() - begun
-    shutil.rmtree(out)
+    whole = subject.seconds(out, background=background)
     for trial in range(n):
         pid = forked(lambda: subject.run(out, background=background))
         time.sleep(rng.uniform(0, whole / 2))
@@ -87,9 +84,7 @@ def _dying(index: int, work: Callable[[], object]) -> None:
 def asked_to_stop(subject: Subject, n: int, signum: signal.Signals) -> Row:
     """The signal at a random moment of a run; it must end as documented, and its continuation as undisturbed."""
     rng, problems, out, codes = random.Random(signum), [], subject.folder / "asked", dict[int, int]()
-    begun = time.monotonic()
-    assert ended(forked(lambda: subject.run(out))) == 0
-    whole = time.monotonic() - begun
+    whole = subject.seconds(out)
     for trial in range(n):
         shutil.rmtree(out, ignore_errors=True)
         pid = forked(lambda: subject.run(out))

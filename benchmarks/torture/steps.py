@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.torture.subject import STEPS, Row, Subject, digest, ended, forked, row
-from ritornello.train import checkpoint, step
+from benchmarks.torture.subject import STEPS, Row, Subject, ended, forked, row
+from ritornello.train import step
 from ritornello.train.guard import NonFiniteError
 
 Spoil = Callable[[torch.nn.Module], Any]
+REFUSED = 4  # the exit code of a second trainer
+logger = logging.getLogger("ritornello")
 
 
 def loss(model: torch.nn.Module) -> Any:
@@ -29,8 +31,8 @@ def gradient(model: torch.nn.Module) -> Any:
 
 
 def spoiled(spoil: Spoil, first: int, n: int, work: Callable[[], object]) -> None:
-    """`work`, in which the steps from `first` on, n of them, are spoiled."""
-    real = step.accumulate
+    """`work`, in which the steps from `first` on, n of them, are spoiled; that each is warned of is left out."""
+    real, level = step.accumulate, logger.level
 
     def accumulate(model: Any, plan: Any, train: Any) -> Any:
         if not first <= plan.key[1] < first + n:
@@ -42,28 +44,26 @@ def spoiled(spoil: Spoil, first: int, n: int, work: Callable[[], object]) -> Non
             handle.remove()
 
     step.accumulate = accumulate
+    logger.setLevel(logging.ERROR)
     try:
         work()
     finally:
         step.accumulate = real
+        logger.setLevel(level)
 
 
 def left_out(subject: Subject, spoil: Spoil) -> Row:
     """One step after the other is spoiled: what is saved after it must be what was there before it."""
     problems, out = [], subject.folder / "spoiled"
     clean = subject.folder / "clean"
-    logging.getLogger("ritornello").setLevel(logging.ERROR)
     for done in range(1, STEPS):
         subject.run(clean, steps=done)
         shutil.copytree(clean, out)
         spoiled(spoil, done, 1, lambda: subject.run(out, steps=done + 1))  # noqa: B023
-        newest = checkpoint.latest(out)
-        saved = newest is not None and checkpoint.verify(newest).step == done + 1
-        same = saved and newest is not None and digest(newest) == subject.undisturbed[done]
+        same = subject.saved(out) == (done + 1, subject.undisturbed[done])
         problems += [] if same else [f"step {done}: something changed"]
         shutil.rmtree(out)
     shutil.rmtree(clean)
-    logging.getLogger("ritornello").setLevel(logging.NOTSET)
     name = f"a {spoil.__name__} that is not finite, at every step"
     return row(name, STEPS - 1, problems, "left out; no bit of weights or optimizer changed")
 
@@ -71,57 +71,46 @@ def left_out(subject: Subject, spoil: Spoil) -> Row:
 def ended_by_three(subject: Subject, spoil: Spoil) -> Row:
     """Three in a row, from every step on: the run ends, names them, has saved nothing of them, and can be resumed."""
     problems, out, n = [], subject.folder / "three", STEPS - 3
-    logging.getLogger("ritornello").setLevel(logging.ERROR)
     for first in range(n):
         try:
             spoiled(spoil, first, 3, lambda: subject.run(out))
             problems.append(f"from step {first}: went on")
         except NonFiniteError as error:
             problems += [] if f"step {first}: " in str(error) else [f"from step {first}: not named"]
-        newest = checkpoint.latest(out)
-        if newest is not None:  # it may have been saved between the first of them and the last
-            good = min(checkpoint.verify(newest).step, first)
-            problems += [] if digest(newest) == subject.undisturbed[good] else [f"from step {first}: something changed"]
+        found = subject.saved(out)
+        if found is not None:  # it may have been saved between the first of them and the last
+            same = found[1] == subject.undisturbed[min(found[0], first)]
+            problems += [] if same else [f"from step {first}: something changed"]
         subject.run(out)
-        newest = checkpoint.latest(out)
-        whole = newest is not None and checkpoint.verify(newest).step == STEPS
-        problems += [] if whole else [f"from step {first}: cannot be resumed"]
+        ends = subject.saved(out)
+        problems += [] if ends is not None and ends[0] == STEPS else [f"from step {first}: cannot be resumed"]
         shutil.rmtree(out)
-    logging.getLogger("ritornello").setLevel(logging.NOTSET)
     return row(f"three steps in a row, {spoil.__name__} not finite", n, problems, "ended, all named; can be resumed")
 
 
 def two_trainers(subject: Subject, n: int) -> Row:
     """A second one comes at a random moment: it is refused, or, the first having ended, finds nothing left to do."""
     rng, problems, out, refused = random.Random(0), [], subject.folder / "two", 0
-    begun = time.monotonic()
-    assert ended(forked(lambda: subject.run(out))) == 0
-    whole = time.monotonic() - begun
-    shutil.rmtree(out)
+    whole = subject.seconds(out)
     for trial in range(n):
         first = forked(lambda: subject.run(out))
         time.sleep(rng.uniform(0.1, 0.8) * whole)
-        second = ended(forked(lambda: _refused(subject, out)))
+        second = ended(forked(lambda: _refused(subject, out, first)))  # noqa: B023
         refused += second == REFUSED
         problems += [] if second in (0, REFUSED) else [f"trial {trial}: the second exits with {second}"]
         problems += [] if ended(first) == 0 else [f"trial {trial}: the first was disturbed"]
         problem = subject.problem(out, least=STEPS)
         problems += [f"trial {trial}: {problem}"] if problem else []
         shutil.rmtree(out)
-    return row(
-        "a second trainer in the directory", n, problems, f"refused {refused} times, by the first one's process id"
-    )
+    note = f"refused {refused} times, with the first one's process id"
+    return row("a second trainer in the directory", n, problems, note)
 
 
-REFUSED = 4
-
-
-def _refused(subject: Subject, out: Path) -> None:
-
+def _refused(subject: Subject, out: Path, holder: int) -> None:
     try:
         subject.run(out)
     except ValueError as error:
-        os._exit(REFUSED if "in use by process" in str(error) else 3)
+        os._exit(REFUSED if f"in use by process {holder};" in str(error) else 3)
 
 
 def rows(subject: Subject, *, scale: float) -> Iterator[Row]:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,15 +63,29 @@ class Subject:
 
     def problem(self, out: Path, *, least: int = 0) -> str | None:
         """What is wrong with what a run left in `out`: at least step `least`, and every bit as undisturbed."""
-        newest = checkpoint.latest(out)
-        if newest is None:
+        found = self.saved(out)
+        if found is None:
             return None if least == 0 else f"no checkpoint, though step {least} was saved"
-        step = checkpoint.load(newest).manifest.step
-        if newest.name.startswith(files.TEMPORARY):
-            return f"{newest.name} was chosen"
+        step, weights = found
         if step < least:
             return f"step {step}, though step {least} was saved"
-        return None if digest(newest) == self.undisturbed[step] else f"other weights at step {step}"
+        return None if weights == self.undisturbed[step] else f"other weights at step {step}"
+
+    def saved(self, out: Path) -> tuple[int, Digest] | None:
+        """The step of the newest checkpoint in `out`, which can be loaded, and what it holds."""
+        newest = checkpoint.latest(out)
+        if newest is None:
+            return None
+        assert not newest.name.startswith(files.TEMPORARY), f"{newest.name} was chosen"
+        return checkpoint.load(newest).manifest.step, digest(newest)
+
+    def seconds(self, out: Path, *, background: bool = True) -> float:
+        """What a run takes that is left alone."""
+        begun = time.monotonic()
+        assert ended(forked(lambda: self.run(out, background=background))) == 0
+        taken = time.monotonic() - begun
+        shutil.rmtree(out)
+        return taken
 
     def logged(self, out: Path) -> int:
         """The last step in the metrics."""

@@ -138,3 +138,21 @@ def test_low_precision_logits_are_summed_in_float32() -> None:
 def test_unknown_reduction() -> None:
     with pytest.raises(ValueError, match="reduction = 'avg': must be one of"):
         linear_cross_entropy(*case(), reduction="avg")
+
+
+@pytest.mark.parametrize("label", [-1, -99, V])
+def test_a_label_outside_the_vocabulary_is_an_error(label: int) -> None:
+    hidden, weight, labels = case()
+    labels[3] = label
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+def test_one_side_may_be_frozen() -> None:
+    hidden, weight, labels = case()
+    both = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    for free, frozen, expected in ((hidden, weight, both[0]), (weight, hidden, both[1])):
+        frozen.requires_grad_(False)
+        (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), free)
+        assert torch.equal(found, expected)
+        frozen.requires_grad_(True)

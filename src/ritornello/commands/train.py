@@ -52,7 +52,8 @@ class Train(Command):
                 other_data=self.other_data,
                 profile=self.profile,
             )
-            progress.note(_used(out))
+            if not self.common.quiet:
+                progress.note(_used(out))
         print(out)
 
 

@@ -61,8 +61,9 @@ class _Sum(torch.autograd.Function):
                 scores = F.linear(x[rows], w)
                 total += _to_gradient(scores, labels[rows])
                 torch.mm(scores, w, out=d_hidden[rows])
-                part = scores.t() @ x[rows]
-                d_weight = part if d_weight is None else d_weight.to(precise).add_(part)
+                if ctx.needs_input_grad[1]:
+                    part = scores.t() @ x[rows]
+                    d_weight = part if d_weight is None else d_weight.to(precise).add_(part)
         ctx.gradients = d_hidden.to(hidden.dtype), None if d_weight is None else d_weight.to(weight.dtype)
         return total
 
@@ -81,7 +82,7 @@ def _to_gradient(scores: Tensor, labels: Tensor) -> Tensor:
     total = scores.new_zeros((), dtype=precise)
     for part, target in zip(scores.split(n), labels.split(n), strict=True):
         real = (target != -100)[:, None]
-        place = target.clamp(min=0)[:, None]
+        place = target[:, None].where(real, 0)  # any other negative label is an error, as in cross_entropy
         p = part.to(precise).log_softmax(-1)
         total -= p.gather(1, place).mul_(real).sum()
         part.copy_(p.exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=precise)).mul_(real))
