@@ -12,7 +12,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, depth, experts, learning, loops, machine, prefill, rounding, startup, stream, training
+from benchmarks import (
+    decode,
+    depth,
+    experts,
+    learning,
+    loops,
+    machine,
+    prefill,
+    rounding,
+    saving,
+    startup,
+    stream,
+    training,
+)
 from benchmarks.shapes import DTYPES
 from ritornello.config import pick
 
@@ -47,6 +60,7 @@ THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
     "depth": lambda n, most: each(lambda a: depth.rows("S1", a, n=n), ATTENTIONS),
     "decode": lambda n, most: each(lambda a: decode.rows(a, n=n, bandwidth=most["bandwidth"]), ATTENTIONS),
     "stream": lambda n, most: each(lambda w: stream.rows(w, n=n, bandwidth=most["bandwidth"]), stream.WEIGHTS),
+    "saving": lambda n, most: saving.rows(n=n),
     "rounding": lambda n, most: each(rounding.rows, stream.WEIGHTS[1:]),
     "learning": lambda n, most: learning.rows(n=n),
 }

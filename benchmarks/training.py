@@ -1,6 +1,6 @@
 """A whole training step beside that of others: the same shape, loops, tokens and optimizer on both sides."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from benchmarks import peers
 from benchmarks.shapes import BATCH, DTYPES, dense, mixture, once, training
@@ -27,9 +28,11 @@ def draw(config: ModelConfig, shape: str) -> np.ndarray:
     return np.random.default_rng(0).integers(config.vocab_size, size=(n_sequences, length + 1))
 
 
-def ours(model: RecurrentDepthTransformer, dtype: str, tokens: np.ndarray) -> Callable[[], float]:
+def ours(
+    model: RecurrentDepthTransformer, dtype: str, tokens: np.ndarray, optimizers: Sequence[Optimizer] = ()
+) -> Callable[[], float]:
     train = training(model.config.n_loops, dtype)
-    optimizers = build_optimizers(model, train)
+    optimizers = optimizers or build_optimizers(model, train)
     n, length = tokens.shape[0], tokens.shape[1] - 1
     batch = Batch(
         tokens=tokens[:, :-1],

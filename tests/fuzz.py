@@ -4,13 +4,16 @@
 look for inputs that reach new code, starting from the same files; what it finds goes into `FOUND`.
 """
 
+import atexit
 import contextlib
 import functools
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,10 +22,15 @@ import safetensors.torch
 import torch
 
 from ritornello import recipes
+from ritornello.commands.runs import megabytes
 from ritornello.config import ModelConfig, Recipe
+from ritornello.lab import arms, cell
+from ritornello.lab.tasks import build_task
 from ritornello.train import checkpoint, runs, shards, tensors
 from ritornello.train.corpus import open_corpus
+from ritornello.train.guard import Guard, NonFiniteError
 from ritornello.train.tokenizer import ByteTokenizer, from_json, train_bpe
+from ritornello.train.trainer import State
 
 TEXTS = ("def f(x):\n    return x", "naïve — 🙂", "", "a b c " * 20)
 Reader = Callable[[bytes], object]
@@ -30,7 +38,9 @@ Reader = Callable[[bytes], object]
 
 @functools.cache
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz-"))
+    path = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def _file(name: str, data: bytes) -> Path:
@@ -61,7 +71,29 @@ def weights(data: bytes) -> object:
 
 
 def manifest(data: bytes) -> object:
-    return checkpoint.verify(_file("step_000001/manifest.json", data).parent)
+    """As it is, and with the checksum that its content should have."""
+    with contextlib.suppress(ValueError):
+        return checkpoint.verify(_file("step_000001/manifest.json", data).parent)
+    body = recipes.parse_json(data.decode(), "manifest")
+    if not isinstance(body, dict):
+        raise ValueError
+    body.pop("checksum", None)
+    return checkpoint.verify(_file("step_000001/manifest.json", checkpoint._render(body)).parent)
+
+
+def state(data: bytes) -> State:
+    """A trainer's, inside a checkpoint whose sums are right."""
+    directory = _file("step_000002/state.json", data).parent
+    (directory / checkpoint.OPTIMIZER).write_bytes(seed("weights"))
+    body = json.loads(_manifest())
+    about = checkpoint.Manifest(**{name: value for name, value in body.items() if name != "checksum"})
+    recipe = Recipe(name="r", model=ModelConfig(dim=32))
+    found = checkpoint.Checkpoint(directory=directory, manifest=about, recipe=recipe, tokenizer_json="", model_state={})
+    return recipes.validated(State, checkpoint.training_state(found)[1])
+
+
+def lab_cell(data: bytes) -> object:
+    return cell.read(_file("cell/cell.json", data).parent)
 
 
 def corpus(name: str, data: bytes) -> int:
@@ -74,8 +106,12 @@ def tokenised(data: bytes) -> object:
     return shards.open_shards(_file("shards/meta.json", data).parent)
 
 
-def metrics(data: bytes) -> int:
-    return sum(line["step"] for line in runs.lines(_file("metrics.jsonl", data).parent))
+def metrics(data: bytes) -> str:
+    """As `ritornello runs` shows them."""
+    run = _file("run/metrics.jsonl", data).parent
+    _file("run/config.json", seed("config"))
+    found = runs.read(run)
+    return " ".join(map(runs.text, found.metrics.values())) + megabytes(found.metrics.get("peak_mb", 0) * 1e6)
 
 
 READERS: dict[str, Reader] = {
@@ -85,6 +121,8 @@ READERS: dict[str, Reader] = {
     "tokenizer": tokenizer,
     "weights": weights,
     "manifest": manifest,
+    "state": state,
+    "cell": lab_cell,
     "text": functools.partial(corpus, "corpus.txt"),
     "jsonl": functools.partial(corpus, "corpus.jsonl"),
     "parquet": functools.partial(corpus, "corpus.parquet"),
@@ -122,6 +160,19 @@ def _manifest() -> bytes:
     )
 
 
+def _trainer() -> dict[str, object]:
+    guard = Guard(6.0)
+    guard.done(5.5, 1.0)
+    guard.skipped(NonFiniteError(2, [3, 4], float("nan"), 1.0, "not finite"))
+    return {"step": 3, "guard": guard.state()}
+
+
+def _cell() -> bytes:
+    made = arms.cell("dense", build_task("chains", {"n_nodes": 8, "n_chains": 2}), seed=0, masked=True)
+    facts = cell.Facts(steps=3, seconds=1.5, flops=1e9, peak_bytes=10**8, loss=2.5)
+    return json.dumps({"cell": asdict(made), "trained": asdict(facts)}).encode()
+
+
 @functools.cache
 def seed(reader: str) -> bytes:
     """A valid file. The manifest's describes files that are not there."""
@@ -133,16 +184,21 @@ def seed(reader: str) -> bytes:
         "tokenizer": lambda: train_bpe(TEXTS, 270).to_json().encode(),
         "weights": lambda: safetensors.torch.save({"a": torch.zeros(2), "b": torch.ones(3, 1)}, {"tied": '{"c": "a"}'}),
         "manifest": _manifest,
+        "state": lambda: json.dumps({"optimizer": {"AdamW/a/step": 3.0}, "trainer": _trainer()}).encode(),
+        "cell": _cell,
         "text": lambda: "\n".join(TEXTS).encode(),
         "jsonl": lambda: b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS),
         "parquet": _parquet,
         "shards": _shards,
-        "metrics": lambda: b'{"step": 1, "loss": 5.5}\n{"step": 2, "loss": 5.25}\n',
+        "metrics": lambda: b'{"step": 1, "loss": 5.5}\n{"step": 2, "loss": 5.25, "peak_mb": 300.5}\n',
     }[reader]()
 
 
 LARGE = (b"[" * 100_000, b'{"a":' * 50_000, b"9" * 100_000, b'"' + b"a" * 100_000)
-FOUND: dict[str, list[bytes]] = {"metrics": [b"3\n", b'{"step": "x"}']}
+FOUND: dict[str, list[bytes]] = {
+    "metrics": [b"3\n", b'{"step": "x"}', b'{"step": 1, "peak_mb": "x"}', b'{"step": 1, "a": 1' + b"0" * 400 + b"}"],
+    "state": [b'{"optimizer": {}, "trainer": {"step": 1}}', b'{"optimizer": {}, "trainer": {}}'],
+}
 
 
 def main() -> None:

@@ -259,6 +259,39 @@ def test_a_failure_is_one_line_and_a_code(
     assert got == code and said in err and "Traceback" in err
 
 
+def test_what_was_noted_is_said(capsys: pytest.CaptureFixture[str], trainer: Backend) -> None:
+    trainer.fails = FloatingPointError("diverged")
+    trainer.fails.add_note("not written: disk full")
+    trainer.fails.add_note("a traceback\nof many lines")
+    assert one_error(capsys, "train", "r.toml", "-q").endswith("diverged; not written: disk full\n")
+
+
+def test_generation_out_of_memory_has_a_remedy_of_its_own(
+    capsys: pytest.CaptureFixture[str], generator: Backend
+) -> None:
+    generator.fails = MemoryError()
+    assert "--loops" in one_error(capsys, "generate", "run", "--prompt", "x")
+
+
+def test_other_data_is_handed_over(capsys: pytest.CaptureFixture[str], trainer: Backend) -> None:
+    run(capsys, "train", "r.toml", "-q", "--other-data")
+    assert trainer.calls[0][1]["other_data"]
+
+
+def test_a_full_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        how: Any = {"stdout": full, "stderr": subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-m", "ritornello.cli", "--version"], **how)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_closed_streams_are_no_defect(closed: str) -> None:
+    command = f"{sys.executable} -m ritornello.cli trian {closed}"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True)
+    assert done.returncode == 2 and done.stdout == b"" and (closed == "2>&-" or b"did you mean" in done.stderr)
+
+
 def test_a_real_allocation_failure_is_recognised(capsys: pytest.CaptureFixture[str], trainer: Backend) -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55)

@@ -98,3 +98,20 @@ def test_a_terminal_gets_a_bar_with_loss_and_speed() -> None:
 def test_no_color_is_respected() -> None:
     seen = on_a_terminal(NO_COLOR="1")
     assert "loss 2.0000" in seen and not COLOUR.search(seen)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["closed", "full"])
+def test_nobody_has_to_read_it(
+    there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A standard error that is closed or takes nothing ends no run, and nothing is said elsewhere instead."""
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w") if there else None
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        with Progress(2) as progress:
+            progress.note("x")
+            progress.note("y")
+    assert capsys.readouterr().out == ""
+    if full is not None:
+        with pytest.raises(OSError, match="No space"):  # what it could not be rid of
+            full.close()

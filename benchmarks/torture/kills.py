@@ -81,19 +81,22 @@ def _dying(index: int, work: Callable[[], object]) -> None:
     work()
 
 
-def asked_to_stop(subject: Subject, n: int, signum: signal.Signals) -> Row:
-    """The signal at a random moment of a run; it must end as documented, and its continuation as undisturbed."""
+def asked_to_stop(subject: Subject, n: int, signum: signal.Signals, *, twice: bool = False) -> Row:
+    """The signal at a random moment of a run; it must end as documented, and its continuation as undisturbed. A second
+    one doesn't wait for the step."""
     rng, problems, out, codes = random.Random(signum), [], subject.folder / "asked", dict[int, int]()
     whole = subject.seconds(out)
     for trial in range(n):
         shutil.rmtree(out, ignore_errors=True)
         pid = forked(lambda: subject.run(out))
         time.sleep(rng.uniform(0, whole))
-        os.kill(pid, signum)
+        for _ in range(1 + twice):
+            os.kill(pid, signum)
+            time.sleep(0.001)  # two that come at once are one
         code = ended(pid)
         codes[code] = codes.get(code, 0) + 1
         logged = subject.logged(out)
-        saved = logged if code == 130 and logged else 0  # before the first step nothing is there to be saved
+        saved = logged if code == 130 and not twice else 0  # before the first step nothing is there to be saved
         problem = subject.problem(out, least=saved) if out.exists() else None
         problems += [f"trial {trial}: {problem}"] if problem else []
         problems += [] if code in (0, 130, -signum) else [f"trial {trial}: exit code {code}"]
@@ -101,7 +104,8 @@ def asked_to_stop(subject: Subject, n: int, signum: signal.Signals) -> Row:
         problems += _whole(subject, out)
     shutil.rmtree(out)
     ends = ", ".join(f"{count} with {code}" for code, count in sorted(codes.items()))
-    return row(f"{signum.name} at a random moment", n, problems, f"ended {ends}; each resumed, equal bit for bit")
+    name = f"{signum.name}{' twice' * twice} at a random moment"
+    return row(name, n, problems, f"ended {ends}; each resumed, equal bit for bit")
 
 
 def rows(subject: Subject, *, scale: float) -> Iterator[Row]:
@@ -111,3 +115,4 @@ def rows(subject: Subject, *, scale: float) -> Iterator[Row]:
         yield at_every_call(subject, background=background)
     for signum in (signal.SIGTERM, signal.SIGINT):
         yield asked_to_stop(subject, round(100 * scale), signum)
+        yield asked_to_stop(subject, round(100 * scale), signum, twice=True)

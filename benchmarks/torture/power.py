@@ -65,15 +65,16 @@ class Disk:
                 (copy / name).write_bytes(self.contents.get(inner, b""))
 
 
-def cut(subject: Subject, *, synced: bool) -> Row:
+def cut(subject: Subject, *, lost: str = "") -> Row:
     """After each system call of a run, both kinds of forgetting: what is left must hold the newest promise.
-    synced = False, a control: nothing that was synced has reached the disk."""
+    lost: controls, where syncs of "files" or of "directories" do nothing."""
     out, left, disk, problems, count = subject.folder / "cut", subject.folder / "left", Disk(), [], [0, 0]
     run = files._run
 
     def watched(operation: str, path: Path, call: Callable[..., Any], *arguments: Any) -> Any:
         result = run(operation, path, call, *arguments)
-        if synced or operation != "sync":
+        folder = operation == "sync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
+        if operation != "sync" or lost != ("directories" if folder else "files"):
             disk.see(operation, path, arguments, result)
         if out.exists():
             for names in (False, True):
@@ -92,14 +93,14 @@ def cut(subject: Subject, *, synced: bool) -> Row:
     finally:
         files._run = run
     shutil.rmtree(out)
-    if not synced:
+    if lost:
         unnoticed = [] if problems else ["lost checkpoints were not noticed"]
-        name = "control: the same on a disk that never syncs"
+        name = f"control: the same where no {lost} are synced"
         return row(name, 2 * count[0], unnoticed, f"a lost checkpoint was noticed {len(problems)} times")
     note = "names and contents that were not synced lost, or contents alone; every promised checkpoint is there"
     return row("power cut after every system call", 2 * count[0], problems, note)
 
 
 def rows(subject: Subject) -> Iterator[Row]:
-    for synced in (True, False):
-        yield cut(subject, synced=synced)
+    for lost in ("", "files", "directories"):
+        yield cut(subject, lost=lost)

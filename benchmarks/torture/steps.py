@@ -56,27 +56,29 @@ def left_out(subject: Subject, spoil: Spoil) -> Row:
     """One step after the other is spoiled: what is saved after it must be what was there before it."""
     problems, out = [], subject.folder / "spoiled"
     clean = subject.folder / "clean"
-    for done in range(1, STEPS):
-        subject.run(clean, steps=done)
-        shutil.copytree(clean, out)
+    for done in range(STEPS):
+        if done:
+            subject.run(clean, steps=done)
+            shutil.copytree(clean, out)
         spoiled(spoil, done, 1, lambda: subject.run(out, steps=done + 1))  # noqa: B023
         same = subject.saved(out) == (done + 1, subject.undisturbed[done])
         problems += [] if same else [f"step {done}: something changed"]
         shutil.rmtree(out)
     shutil.rmtree(clean)
     name = f"a {spoil.__name__} that is not finite, at every step"
-    return row(name, STEPS - 1, problems, "left out; no bit of weights or optimizer changed")
+    return row(name, STEPS, problems, "left out; no bit of weights or optimizer changed")
 
 
 def ended_by_three(subject: Subject, spoil: Spoil) -> Row:
     """Three in a row, from every step on: the run ends, names them, has saved nothing of them, and can be resumed."""
-    problems, out, n = [], subject.folder / "three", STEPS - 3
+    problems, out, n = [], subject.folder / "three", STEPS - 2
     for first in range(n):
         try:
             spoiled(spoil, first, 3, lambda: subject.run(out))
             problems.append(f"from step {first}: went on")
         except NonFiniteError as error:
-            problems += [] if f"step {first}: " in str(error) else [f"from step {first}: not named"]
+            named = all(f"step {first + i}: " in str(error) for i in range(3))
+            problems += [] if named else [f"from step {first}: not named"]
         found = subject.saved(out)
         if found is not None:  # it may have been saved between the first of them and the last
             same = found[1] == subject.undisturbed[min(found[0], first)]
@@ -84,6 +86,8 @@ def ended_by_three(subject: Subject, spoil: Spoil) -> Row:
         subject.run(out)
         ends = subject.saved(out)
         problems += [] if ends is not None and ends[0] == STEPS else [f"from step {first}: cannot be resumed"]
+        if ends is not None and (found is None or found[0] <= first):  # nothing had been left out by then
+            problems += [] if ends[1] == subject.undisturbed[STEPS] else [f"from step {first}: resumed to another end"]
         shutil.rmtree(out)
     return row(f"three steps in a row, {spoil.__name__} not finite", n, problems, "ended, all named; can be resumed")
 
@@ -102,6 +106,7 @@ def two_trainers(subject: Subject, n: int) -> Row:
         problem = subject.problem(out, least=STEPS)
         problems += [f"trial {trial}: {problem}"] if problem else []
         shutil.rmtree(out)
+    problems += [] if refused or not n else ["none was refused"]
     note = f"refused {refused} times, with the first one's process id"
     return row("a second trainer in the directory", n, problems, note)
 
@@ -116,5 +121,6 @@ def _refused(subject: Subject, out: Path, holder: int) -> None:
 def rows(subject: Subject, *, scale: float) -> Iterator[Row]:
     for spoil in (loss, gradient):
         yield left_out(subject, spoil)
-    yield ended_by_three(subject, loss)
+    for spoil in (loss, gradient):
+        yield ended_by_three(subject, spoil)
     yield two_trainers(subject, round(50 * scale))

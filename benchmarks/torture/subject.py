@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ritornello.config import DataConfig, ModelConfig, Recipe, TrainConfig
-from ritornello.train import checkpoint, files, runs
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import checkpoint, files, runs, tensors
 from ritornello.train.trainer import train
 
 STEPS, SAVE_EVERY = 40, 4
@@ -49,11 +50,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A small run in `folder`, and the weights and optimizer states that it has after every step when left alone."""
+    """A small run in `folder`, and the weights and optimizer states that it has after 0, 1, ... STEPS steps when left
+    alone."""
 
     folder: Path
     recipe: Recipe
     undisturbed: dict[int, Digest]
+    losses: dict[int, tuple[float, float]]  # and the gradients' norm, by step
 
     def run(self, out: Path, *, background: bool = True, steps: int = STEPS) -> None:
         """Start it, or go on with it."""
@@ -104,14 +107,24 @@ def prepared(folder: Path) -> Subject:
     saved = (out / "checkpoints").glob("step_*")
     found = {checkpoint.verify(path).step: digest(path) for path in saved}
     assert sorted(found) == list(range(1, STEPS + 1)) and len(set(found.values())) == STEPS
+    losses = measured(out)
     shutil.rmtree(out)
-    return Subject(folder, recipe, found)
+    start = RecurrentDepthTransformer(recipe.model, seed=recipe.train.seed).state_dict()
+    found[0] = _digest(tensors.pack(start), tensors.pack({}))
+    return Subject(folder, recipe, found, losses)
+
+
+def measured(out: Path) -> dict[int, tuple[float, float]]:
+    """What each step measured, by the metrics of a run."""
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in runs.lines(out) if "loss" in line}
 
 
 def digest(directory: Path) -> Digest:
-    names = (checkpoint.MODEL, checkpoint.OPTIMIZER)
-    weights, states = (hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names)
-    return weights, states
+    return _digest(*((directory / name).read_bytes() for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)))
+
+
+def _digest(weights: bytes, states: bytes) -> Digest:
+    return hashlib.sha256(weights).hexdigest(), hashlib.sha256(states).hexdigest()
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ritornello import __version__
@@ -32,6 +33,7 @@ VERBS = {
     "doctor": ("Doctor", "what this machine can run, for a bug report"),
 }
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+OUT_OF_MEMORY_LATER = "out of memory; lower --loops or --max-tokens: the cache has room for all of them"
 OUT_OF_MEMORY = (
     "out of memory; lower train.microbatch_size (same batch, more accumulation) or train.backprop_loops (gradients "
     "through the last loops only), or set train.checkpoint_activations=true (activations are computed again)"
@@ -41,6 +43,8 @@ OUT_OF_MEMORY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     command = None
+    if sys.stderr is None:  # closed by whoever started this: what is said there must not end up among the results
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     try:
         command = parse(list(sys.argv[1:] if argv is None else argv))
         if command:
@@ -50,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        # Python flushes standard output once more at exit, and would complain then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        settle_output()
         return 141
     except KeyboardInterrupt as interrupt:  # a run says where it was saved
         print("ritornello:", str(interrupt) or "interrupted", file=sys.stderr)
@@ -59,9 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the boundary: no traceback reaches a user who did not ask for one
         if command and command.common.verbose:
             traceback.print_exc()
-        code, message = explain(error)
+        code, message = explain(error, type(command).__name__)
         print("ritornello: error:", one_line(message), file=sys.stderr)
+        settle_output()
         return code
+
+
+def settle_output() -> None:
+    """Python flushes standard output once more at exit: where that would fail, nothing is left to complain about."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(args: list[str]) -> "Command | None":
@@ -143,15 +156,16 @@ def prepare_environment(*, offline: bool) -> None:
         os.environ.update(dict.fromkeys(OFFLINE, "1"))
 
 
-def explain(error: Exception) -> tuple[int, str]:
-    """Exit code and message for the user."""
+def explain(error: Exception, command: str) -> tuple[int, str]:
+    """Exit code and message for the user of a command, by the name of its class."""
+    said = "".join(f"; {note}" for note in getattr(error, "__notes__", ()) if "\n" not in note)
     if is_out_of_memory(error):
-        return 2, OUT_OF_MEMORY
+        return 2, OUT_OF_MEMORY_LATER if command == "Generate" else OUT_OF_MEMORY
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return 2, f"{error.filename}: {error.strerror}"
+        return 2, f"{error.filename}: {error.strerror}{said}"
     absent = isinstance(error, ImportError) and not (error.name or "").startswith("ritornello")
     if absent or isinstance(error, ValueError | OSError | ArithmeticError):
-        return 2, str(error) or type(error).__name__
+        return 2, (str(error) or type(error).__name__) + said
     return 1, f"{type(error).__name__}: {error}; this is a defect: please report it with -v and `ritornello doctor`"
 
 

@@ -79,6 +79,7 @@ def require_kinds(config: Any) -> None:
                 require_choice(name, entry, get_args(get_args(hint)[0]))
 
 
+MAX_SIZE, MAX_LAYERS = 2**20, 1024  # what a file may ask for: no product of three sizes is beyond what torch can count
 MAX_LOOPS = 4096  # a bound on what one request may cost, not on the model: the state stays bounded for any number
 
 
@@ -149,11 +150,14 @@ class ModelConfig:
     embedding_init: Literal["small", "unit"] = "small"  # small: as every matrix; unit: of variance 1
 
     def __post_init__(self) -> None:
-        positive = "vocab_size n_token_tables dim n_loops max_seq_len n_heads n_kv_heads head_dim ffn_dim carry_streams"
+        positive = "vocab_size n_token_tables dim max_seq_len n_heads n_kv_heads head_dim ffn_dim carry_streams"
         for name in positive.split():
-            require_int(name, getattr(self, name), 1)
-        for name in "n_prelude_layers n_recurrent_layers n_coda_layers lora_rank q_lora_rank n_shared_experts".split():
-            require_int(name, getattr(self, name), 0)
+            require_int(name, getattr(self, name), 1, MAX_SIZE)
+        for name in "lora_rank q_lora_rank n_shared_experts".split():
+            require_int(name, getattr(self, name), 0, MAX_SIZE)
+        for name in "n_prelude_layers n_recurrent_layers n_coda_layers".split():
+            require_int(name, getattr(self, name), 0, MAX_LAYERS)
+        require_int("n_token_tables", self.n_token_tables, 1, MAX_LAYERS)
         require_int("n_loops", self.n_loops, 1, MAX_LOOPS)
         require_kinds(self)
         layers = self.n_prelude_layers + self.n_recurrent_layers + self.n_coda_layers
@@ -177,16 +181,16 @@ class ModelConfig:
             rope_dim, name = self.head_dim, "head_dim"
         else:
             for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-                require_int(name, getattr(self, name), 1)
+                require_int(name, getattr(self, name), 1, MAX_SIZE)
             rope_dim, name = self.qk_rope_head_dim, "qk_rope_head_dim"
-            require_int(name, rope_dim, 2)
+            require_int(name, rope_dim, 2, MAX_SIZE)
         require(self.positions == "none" or rope_dim % 2 == 0, name, rope_dim, "even with rotary positions")
 
     def _check_experts(self) -> None:
         if self.ffn != "moe":
             return
-        require_int("n_experts", self.n_experts, 1)
-        require_int("expert_dim", self.expert_dim, 1)
+        require_int("n_experts", self.n_experts, 1, MAX_SIZE)
+        require_int("expert_dim", self.expert_dim, 1, MAX_SIZE)
         require_int("n_active_experts", self.n_active_experts, 1, self.n_experts)
         require_int("n_expert_groups", self.n_expert_groups, 1)
         require(

@@ -1,7 +1,6 @@
 """The main job on real text: train a small looped model and plain opponents, and show what depth is worth."""
 
 import json
-import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from ritornello.accounting import count_parameters, fit_ffn
 from ritornello.config import ModelConfig, Recipe, default_exit
 from ritornello.device import n_cores
 from ritornello.engine.generate import Loaded, generate, load
+from ritornello.lab.processes import Beside
 from ritornello.progress import Progress
 from ritornello.train import files, ngram, runs
 from ritornello.train.data import NO_LABEL, Batch, Rows, prepare
@@ -87,7 +87,7 @@ def matched_plain(model: ModelConfig, n_parameters: int) -> ModelConfig:
     return best
 
 
-def _start_plain(plain: Sequence[Recipe], out: Path, offline: bool) -> Any:
+def _start_plain(plain: Sequence[Recipe], out: Path, offline: bool) -> Beside[None] | None:
     """Train the opponents in a process beside this one, half of the cores each; in this one if there is one core."""
     cores = n_cores()
     arguments = ([recipes.to_json(recipe) for recipe in plain], str(out), max(1, cores // 2), offline)
@@ -95,9 +95,7 @@ def _start_plain(plain: Sequence[Recipe], out: Path, offline: bool) -> Any:
         _train_plain(*arguments)
         return None
     torch.set_num_threads(cores - cores // 2)
-    worker = multiprocessing.get_context("spawn").Process(target=_train_plain, args=arguments, daemon=True)
-    worker.start()
-    return worker
+    return Beside(_train_plain, *arguments)
 
 
 def _train_plain(plain: Sequence[str], out: str, n_threads: int, offline: bool) -> None:
@@ -107,19 +105,17 @@ def _train_plain(plain: Sequence[str], out: str, n_threads: int, offline: bool) 
         train(recipe, out=Path(out, recipe.name), resume=True, offline=offline)
 
 
-def _wait(worker: Any, plain: Sequence[Recipe], out: Path, quiet: bool) -> None:
+def _wait(worker: Beside[None], plain: Sequence[Recipe], out: Path, quiet: bool) -> None:
     """Show how far the other process is, from the metrics it writes."""
     total = sum(recipe.train.steps for recipe in plain)
     with Progress(total, quiet=quiet) as progress:
-        while worker.is_alive():
-            worker.join(1.0)
+        while not worker.ends_within(1.0):
             done = [runs.lines(out / recipe.name) for recipe in plain]
             steps = sum(lines[-1]["step"] for lines in done if lines)
             last = next((line for lines in reversed(done) for line in reversed(lines) if "loss" in line), None)
             if last is not None:
                 progress.update(steps, {key: last[key] for key in ("loss", "tok_per_s")})
-    if worker.exitcode != 0:
-        raise RuntimeError(f"the plain transformers' training ended with code {worker.exitcode}; its error is above")
+    worker.result()
 
 
 def compare(trained: Mapping[str, Loaded], looped: str, dataset: Dataset, batches: Sequence[Batch]) -> dict[str, Any]:

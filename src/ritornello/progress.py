@@ -37,7 +37,7 @@ class Progress:
         self, total_steps: int, *, quiet: bool = False, every: float = 10.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._total, self._quiet, self._every, self._clock = total_steps, quiet, every, clock
-        self._bar = _bar(total_steps) if not quiet and sys.stderr.isatty() else None
+        self._bar = _bar(total_steps) if not quiet and sys.stderr and sys.stderr.isatty() else None
         self._first: tuple[int, float] | None = None
         self._last = -inf
 
@@ -76,8 +76,11 @@ class Progress:
         """A line of text, above the bar where there is one."""
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        elif not self._quiet:
-            print(text, file=sys.stderr, flush=True)  # noqa: T201 - the progress of a command is part of its output
+        elif not self._quiet and sys.stderr:
+            try:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201 - the progress of a command is part of its output
+            except OSError:  # nobody reads it any more; a run doesn't end for that
+                self._quiet = True
 
     def _due(self) -> bool:
         """Whether the last plain line is long enough ago; if so, the next one counts from now."""

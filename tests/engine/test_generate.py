@@ -91,6 +91,17 @@ def test_a_cache_changes_nothing(
     assert rolled(model, **how) != (tokens, loops)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error(temperature: float) -> None:
+    loaded = small()
+    assert generate(loaded, "abc", temperature=temperature, max_tokens=2).tokens
+    with torch.no_grad():
+        loaded.model.norm.weight.fill_(torch.nan)
+    for call in (generate, lambda *args, **how: list(stream(*args, **how))):
+        with pytest.raises(ArithmeticError, match=r"logits that are not numbers: .* n_loops"):
+            call(loaded, "abc", temperature=temperature)
+
+
 TEXTS = ["The quick", "", "naïve", "RDT"]
 
 

@@ -2,14 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ritornello.lab import processes
-from ritornello.lab.processes import each_alone
+from ritornello.lab.processes import Beside, each_alone
 
 
 class StrangeError(Exception):
@@ -35,6 +38,34 @@ def work(folder: str, name: str) -> str:
         time.sleep(600)
     Path(folder, name).touch()
     return f"{name} {os.getpid()}"
+
+
+SLEEPS = """
+import time
+from ritornello.lab.processes import each_alone
+if __name__ == "__main__":
+    for _ in each_alone(time.sleep, [(0.0,), (600.0,)], at_once=2):
+        print("one", flush=True)
+"""
+
+
+def test_control_c_is_the_parents_alone(tmp_path: Path) -> None:
+    """A terminal sends it to all; only one of them says so."""
+    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    how: Any = {"start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(tmp_path / "sleeps.py")], **how) as process:
+        assert process.stdout.readline() == b"one\n"
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stderr.read()
+    assert said.count(b"KeyboardInterrupt") == 1 and b"SpawnProcess" not in said
+
+
+def test_beside_this_one(tmp_path: Path) -> None:
+    asleep, done = Beside(work, str(tmp_path), "sleep"), Beside(work, str(tmp_path), "a")
+    assert done.result().startswith("a ") and not asleep.ends_within(0.01)
+    asleep.stop()
+    asleep.end()
+    assert not active_children()
 
 
 def test_each_has_a_process_of_its_own(tmp_path: Path) -> None:

@@ -163,6 +163,16 @@ def test_documents_come_from_the_first_token_on() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["documents", "positions"])
+@pytest.mark.parametrize("bad", [[[0] * 3] * 2, torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)], ids=str)
+def test_ids_are_integers(name: str, bad: Any) -> None:
+    refused(f"{name} = ", TOKENS, **{name: bad})
+
+
+def test_embeddings_are_floats() -> None:
+    refused("inputs_embeds = ", inputs_embeds=torch.zeros(2, 3, MODEL.config.dim, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -170,6 +180,7 @@ def test_documents_come_from_the_first_token_on() -> None:
         {"max_len": 0},
         {"max_len": 2.5},
         {"policy": "newest"},
+        {"dtype": torch.int64},
         *({"n_loops": n} for n in (0, -1, 2.5, True, 10**9)),
     ],
     ids=str,
@@ -204,15 +215,18 @@ CONFIGS: list[tuple[dict, str]] = [
     ({"n_heads": 3, "n_kv_heads": 2}, "n_heads = 3: must be a multiple of n_kv_heads (2)"),
     ({"head_dim": 5}, "head_dim = 5: must be even with rotary positions"),
     ({"attention": "mla", "qk_rope_head_dim": 3}, "qk_rope_head_dim = 3: must be even"),
-    ({"attention": "mla", "kv_lora_rank": 0}, "kv_lora_rank = 0: must be an integer >= 1"),
+    ({"attention": "mla", "kv_lora_rank": 0}, "kv_lora_rank = 0: must be an integer in [1, 1048576]"),
     ({"attention": "gqq"}, "attention = 'gqq': must be one of gqa, mla; did you mean 'gqa'?"),
     ({"n_active_experts": 9}, "n_active_experts = 9: must be an integer in [1, 8]"),
     ({"n_experts": 9}, "n_expert_groups = 2: must be a divisor of n_experts (9)"),
     ({"n_active_groups": 3}, "n_active_groups = 3: must be an integer in [1, 2]"),
     ({"n_active_experts": 5, "n_active_groups": 1}, "n_active_experts = 5: must be <= the 4 experts"),
-    ({"dim": 0}, "dim = 0: must be an integer >= 1"),
-    ({"dim": 16.0}, "dim = 16.0: must be an integer >= 1"),
-    ({"dim": True}, "dim = True: must be an integer >= 1"),
+    ({"dim": 0}, "dim = 0: must be an integer in [1, 1048576]"),
+    ({"dim": 16.0}, "dim = 16.0: must be an integer in [1, 1048576]"),
+    ({"dim": True}, "dim = True: must be an integer in [1, 1048576]"),
+    ({"dim": 2**62}, "dim = 4611686018427387904: must be an integer in [1, 1048576]"),
+    ({"n_prelude_layers": 10**9}, "n_prelude_layers = 1000000000: must be an integer in [0, 1024]"),
+    ({"n_token_tables": 10**6}, "n_token_tables = 1000000: must be an integer in [1, 1024]"),
     ({"n_loops": 10**9}, "n_loops = 1000000000: must be an integer in [1, 4096]"),
     ({"layers": (0, 0, 0)}, "n_recurrent_layers = 0: must be > 0"),
     ({"dropout": 1.0}, "dropout = 1.0: must be a finite number in [0, 0.99]"),

@@ -54,6 +54,7 @@ def test_right_aligned_packed_documents(row: dict) -> None:
     right = model(tokens, documents=documents, n_loops=Depth.right_aligned(counts))
     left = model(tokens, documents=documents, n_loops=torch.from_numpy(counts))
     close(right.logits, left.logits)
+    differ(right.logits, model(tokens, documents=documents, n_loops=5).logits)
     assert right.loops_used.tolist() == counts.tolist()
 
 
@@ -102,3 +103,9 @@ def test_a_row_of_padding_stays_finite() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
         close(model(tokens, documents=documents, n_loops=5).logits[1], model(tokens[1:], n_loops=5).logits[0])
+
+
+def test_nothing_but_padding_has_finite_terms() -> None:
+    model = build({"halting": "act", "read_out": "mixture"}).train()
+    out = model(tokens_for(model.config, 2, T), documents=torch.full((2, T), PAD))
+    assert out.aux and all(term.isfinite() for term in out.aux.values()) and out.aux["ponder"] == 0

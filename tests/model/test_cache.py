@@ -51,7 +51,9 @@ def test_prefill_and_decode_with_exits(row: dict) -> None:
         rule = lively(model, tokens, name, 6)
         with torch.no_grad():
             whole = model(tokens, n_loops=6, exit=rule).logits
-        close(decoded(model, tokens, [2, 3], n_loops=6, exit=rule), whole)
+        for cuts in ([1], [2, 3], [1, 2, 3, 4]):
+            close(decoded(model, tokens, cuts, n_loops=6, exit=rule), whole)
+        differ(decoded(model, tokens, [2, 3], n_loops=6), whole)
 
 
 @every_kind

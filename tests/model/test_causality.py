@@ -45,12 +45,11 @@ def test_exits_do_not_see_the_future(row: dict) -> None:
 
 
 def test_positive_control(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose attention looks ahead fails both tests above."""
-    everything = torch.ones(1, 1, T, T, dtype=torch.bool)
+    """A model whose attention looks ahead fails the tests above."""
     monkeypatch.setattr(
         "ritornello.model.attention.attention",
         lambda q, k, v, *, mask, scale: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=everything, scale=scale, enable_gqa=True
+            q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool), scale=scale, enable_gqa=True
         ),
     )
     row = {"attention": "gqa"}
@@ -58,4 +57,6 @@ def test_positive_control(monkeypatch: pytest.MonkeyPatch) -> None:
         test_logits_do_not_see_the_future(row)
     with pytest.raises(AssertionError):
         test_gradients_to_the_future_are_exactly_zero(row)
+    with pytest.raises(AssertionError):
+        test_exits_do_not_see_the_future(row | {"halting": "kl"})
     assert tiny().attention == "gqa"

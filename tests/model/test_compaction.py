@@ -148,6 +148,7 @@ def test_recomputation(checkpoint: bool) -> None:
     outs = [model(tokens, n_loops=DEEP, exit=rule, checkpoint=checkpoint and way, compact=way) for way in (False, True)]
     close(outs[1].aux["ponder"], outs[0].aux["ponder"])
     close_gradients(*(gradients(model, out.logits.square().mean() + out.aux["ponder"]) for out in outs))
+    differ(outs[1].logits, model(tokens, n_loops=DEEP, compact=True).logits)
 
 
 @every_kind

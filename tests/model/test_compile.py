@@ -113,6 +113,7 @@ def test_unrolled_gives_the_same() -> None:
     close(decode(compiled, tokens, 3), decode(model, tokens, 3))
     assert graphs(lambda: decode(compiled, tokens, 3)) == 0
     close(decode(compiled, tokens, 2), decode(model, tokens, 2))
+    differ(decode(compiled, tokens, 2), decode(model, tokens, 3))
 
 
 def test_exit_rules_and_budgets_run_compiled() -> None:
@@ -126,6 +127,7 @@ def test_exit_rules_and_budgets_run_compiled() -> None:
         close(fast.logits, plain.logits)
         budgets = torch.tensor([1, 4, 2])
         close(compiled(tokens, n_loops=budgets).logits, model(tokens, n_loops=budgets).logits)
+        differ(compiled(tokens, n_loops=budgets.flip(0)).logits, model(tokens, n_loops=budgets).logits)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_each_sequence_as_alone(row: dict) -> None:
     batch = model(tokens, n_loops=Depth.right_aligned([2, 5, 1])).logits
     for r, n_loops in enumerate((2, 5, 1)):
         close(batch[r : r + 1], model(tokens[r : r + 1], n_loops=n_loops).logits)
+    differ(batch[:1], model(tokens[:1], n_loops=5).logits)
 
 
 @every_kind
@@ -73,6 +74,7 @@ def test_checkpointing_changes_nothing(row: dict) -> None:
         results.append((out.logits, gradients(model, loss_of(model, out.logits, labels) + sum(out.aux.values()))))
     assert torch.equal(results[0][0], results[1][0])
     close_gradients(results[1][1], results[0][1], 1e-12)
+    differ(model(tokens, n_loops=Depth.right_aligned([2, 4]), checkpoint=True, key=Key(4)).logits, results[0][0])
 
 
 @every_kind

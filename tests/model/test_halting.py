@@ -23,6 +23,7 @@ def test_an_exit_is_a_budget(row: dict) -> None:
             ended = model(tokens, n_loops=6, exit=rule, trajectory=True)
             budget = model(tokens, n_loops=ended.loops_used)
         close(ended.logits, budget.logits)
+        differ(ended.logits, model(tokens, n_loops=6).logits)
         assert torch.equal(ended.loops_used, budget.loops_used)
         assert len(ended.trajectory) == int(ended.loops_used.max())
         run_on = model(tokens, n_loops=6, exit=rule, trajectory=True)

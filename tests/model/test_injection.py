@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ritornello.model.injection import INJECTIONS, LTI
+from ritornello.model.injection import A_LOG_MAX, INJECTIONS, LTI
 from ritornello.model.rdt import RecurrentDepthTransformer
 from tests.model.builders import build, close, differ, gradients, tiny, tokens_for
 
@@ -139,3 +139,12 @@ def test_e_gets_its_gradient_from_every_loop() -> None:
     out = model(tokens_for(model.config, 1, 3), n_loops=5)
     found = gradients(model, out.logits.sum())
     assert all(found[f"injection.{name}"].all() for name in ("A_log", "dt", "B"))
+
+
+def test_factors_of_every_pair() -> None:
+    """Finite and not negative, each of a pair of bfloat16 parameters: no product of two is NaN, so A lies in
+    [0, rho_max] for all 65,280² pairs."""
+    x = every_bfloat16().float()
+    for factor in (nn.functional.softplus(x), x.clamp(max=A_LOG_MAX).exp()):
+        assert factor.isfinite().all() and (factor >= 0).all()
+    assert not x.exp().isfinite().all(), "control: without the bound"

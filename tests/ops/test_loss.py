@@ -148,6 +148,22 @@ def test_a_label_outside_the_vocabulary_is_an_error(label: int) -> None:
         linear_cross_entropy(hidden, weight, labels)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_tokens_no_loss(reduction: str) -> None:
+    hidden, weight, labels = case()
+    losses = linear_cross_entropy(hidden[:0], weight, labels[:0], reduction=reduction)
+    grads = torch.autograd.grad(losses.sum(), (hidden, weight))
+    assert losses.sum() == 0 and not any(grad.any() for grad in grads)
+
+
+def test_a_sum_is_differentiated_once() -> None:
+    hidden, weight, labels = case()
+    total = linear_cross_entropy(hidden, weight, labels, reduction="sum")
+    torch.autograd.grad(total, hidden, retain_graph=True)
+    with pytest.raises(AssertionError, match="can be had once"):
+        torch.autograd.grad(total, hidden)
+
+
 def test_one_side_may_be_frozen() -> None:
     hidden, weight, labels = case()
     both = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight))

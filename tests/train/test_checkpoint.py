@@ -216,8 +216,9 @@ def test_nothing_valid(tmp_path: Path):
     with pytest.raises(ValueError, match="no such run or checkpoint"):
         checkpoint.load(tmp_path / "x")
     (save(tmp_path, 1) / "state.json").unlink()
-    with pytest.raises(ValueError, match="no valid checkpoint in it"):
-        checkpoint.load(tmp_path)
+    for read in (checkpoint.load, checkpoint.latest):
+        with pytest.raises(ValueError, match="no valid checkpoint among 1"):
+            read(tmp_path)
     with pytest.raises(ValueError, match="not a directory"):
         checkpoint.load(tmp_path / "checkpoints" / "step_000001" / "config.json")
 

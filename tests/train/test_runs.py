@@ -1,6 +1,8 @@
 """Runs on the disk: found, described, compared and removed; nothing else is ever removed."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,3 +98,24 @@ def test_a_run_is_removed_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
 def test_mistakes(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
     code, out, err = said(capsys, *args)
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_one_that_cannot_be_read_hides_no_other(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "odd"):
+        shutil.copytree(folder / "one", tmp_path / name)
+    (tmp_path / "odd" / runs.METRICS).unlink()
+    os.mkfifo(tmp_path / "odd" / runs.METRICS)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl = 'something else': must be a regular file"):
+        runs.read(tmp_path / "odd")
+    assert cli.main(["runs", "ls", str(tmp_path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert [Path(row["run"]).name for row in json.loads(said.out)] == ["good"] and "odd" in said.err
+
+
+def test_peak_memory_is_that_of_all_processes(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "one", tmp_path / "run")
+    for peak in (9e6, 4.0):
+        files.append(tmp_path / "run" / runs.METRICS, json.dumps({"step": 4, "peak_mb": peak}).encode() + b"\n")
+    assert runs.read(tmp_path / "run").metrics["peak_mb"] == 9e6

@@ -177,7 +177,7 @@ def as_uint32(data: bytes) -> bytes:
         (edit("train.offsets", lambda data: data[8:]), "size of train.offsets = "),
         (edit("tokenizer.json", lambda data: data + b" "), "sha256 of tokenizer.json = "),
         (lambda directory: (directory / "validation.tokens").unlink(), "No such file"),
-        (lambda directory: (directory / "meta.json").unlink(), "No such file"),
+        (lambda directory: (directory / "meta.json").unlink(), "no such file"),
         (edit("meta.json", lambda data: data[:50]), "must be complete and unchanged"),
         (edit("meta.json", lambda data: b"[]"), "must be complete and unchanged"),
         (edit("meta.json", lambda data: b"{}"), "no 'format'"),

@@ -1,12 +1,17 @@
+import errno
 import gzip
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ritornello import recipes
 from ritornello.config import Recipe
-from ritornello.train import checkpoint, runs
+from ritornello.engine.generate import load
+from ritornello.train import checkpoint, files, runs, tensors
 from ritornello.train.interrupt import InterruptedRunError
 from ritornello.train.trainer import train
 from tests.train.small import recipe, text_file
+from tests.train.test_checkpoint import manifest_for
 
 TIMING = frozenset({"tok_per_s", "peak_mb"})  # what differs between two runs of one recipe
 
@@ -190,27 +198,145 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
 def test_trackers_get_the_same_figures(tmp_path, monkeypatch, capsys, package):
     """Their calls, on a stand-in: what the packages themselves do is theirs."""
     calls: list[tuple[str, Any]] = []
-    fake = ModuleType(package)
-    fake.init = lambda **how: calls.append(("init", how)) or print("hello")
-    fake.log = lambda metrics, step: calls.append(("log", (step, metrics)))
-    fake.finish = lambda: calls.append(("finish", None))
-    monkeypatch.setitem(sys.modules, package, fake)
+    stand_in(
+        monkeypatch,
+        package,
+        init=lambda **how: calls.append(("init", how)) or print("hello"),
+        log=lambda metrics, step: calls.append(("log", (step, metrics))),
+        finish=lambda **how: calls.append(("finish", how)),
+    )
     for steps in (2, 3):
         given = recipe(tmp_path, steps=steps, schedule="constant", **{package: True})
         run(given, tmp_path, resume=True, offline=True)
     assert [name for name, _ in calls if name != "log"] == ["init", "finish"] * 2 and calls[-1][0] == "finish"
-    how = calls[0][1]
-    assert how["name"] == "run" and how["resume"] == "allow" and how["config"]["train"]["steps"] == 2
+    how, again = (about for name, about in calls if name == "init")
+    assert how["name"].startswith("run") and how["resume"] == "allow" and how["config"]["train"]["steps"] == 2
     assert ("mode" in how and how["mode"] == "offline") is (package == "wandb")
+    assert calls[-1][1] == ({"exit_code": 0} if package == "wandb" else {})
     logged = [{"step": step, **metrics} for name, (step, metrics) in [c for c in calls if c[0] == "log"]]
     assert logged == runs.lines(tmp_path / "run")
     assert not capsys.readouterr().out
+    number = "id" if package == "wandb" else "name"
+    assert how[number] == again[number]
+    run(given, tmp_path / "elsewhere")
+    assert calls[-1][0] == "finish" and [about for name, about in calls if name == "init"][2][number] != how[number]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, package: str, **functions: Callable[..., object]) -> None:
+    fake = ModuleType(package)
+    fake.__spec__ = ModuleSpec(package, None)
+    vars(fake).update(functions)
+    monkeypatch.setitem(sys.modules, package, fake)
+
+
+def test_a_tracker_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
+    """Once the run is on its way; the run's failure is told to it."""
+    finished: list[dict[str, Any]] = []
+
+    def log(metrics: Any, step: int) -> None:
+        raise ConnectionError("no network")
+
+    stand_in(monkeypatch, "wandb", init=lambda **how: None, log=log, finish=lambda **how: finished.append(how))
+    run(recipe(tmp_path, steps=2, wandb=True), tmp_path)
+    said = [record.getMessage() for record in caplog.records if "network" in record.getMessage()]
+    assert said == ["wandb: no network; the figures are in metrics.jsonl"] and runs.lines(tmp_path / "run")
+
+    class Broken:
+        def update(self, step: int, metrics: Any) -> None:
+            raise OSError("broken")
+
+    with pytest.raises(OSError, match="broken"):
+        run(recipe(tmp_path, steps=2, wandb=True), tmp_path, "broken", observer=Broken())
+    assert finished == [{"exit_code": 0}, {"exit_code": 1}]
+
+
+def test_a_tracker_that_does_not_start_is_named(tmp_path, monkeypatch):
+    def init(**how: Any) -> None:
+        raise PermissionError("no key")
+
+    stand_in(monkeypatch, "wandb", init=init)
+    with pytest.raises(ValueError, match=r"train\.wandb = True: wandb did not start: no key; --offline"):
+        run(recipe(tmp_path, steps=2, wandb=True), tmp_path)
 
 
 def test_a_tracker_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"train\.wandb = True: needs the package wandb; pip install '"):
+    with pytest.raises(ValueError, match=r"train\.wandb = True: must be False without the package wandb; pip "):
         run(recipe(tmp_path, steps=2, wandb=True), tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_that_training_did_not_write_is_named(tmp_path):
+    given = recipe(tmp_path, steps=4)
+    saved = run(given, tmp_path)
+    state = json.loads((saved / "state.json").read_text())
+    for spoil in ({"step": "4"}, {"step": 0}, {"guard": {}}, {"guard": {**state["trainer"]["guard"], "losses": ["x"]}}):
+        (saved / "state.json").write_text(json.dumps({**state, "trainer": {**state["trainer"], **spoil}}))
+        manifest_for(saved)
+        with pytest.raises(ValueError, match=r"state\.json: trainer: (step|guard)"):
+            run(replace(given, train=replace(given.train, steps=5)), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_without_a_valid_checkpoint_is_not_begun_anew(tmp_path, resume):
+    given = recipe(tmp_path, steps=20)
+    for path in run(given, tmp_path).parent.iterdir():
+        (path / "state.json").unlink()
+    before = (tmp_path / "run" / runs.METRICS).read_bytes()
+    with pytest.raises(ValueError, match="no valid checkpoint among 2"):
+        run(given, tmp_path, resume=resume)
+    assert (tmp_path / "run" / runs.METRICS).read_bytes() == before
+
+
+def test_a_second_trainer_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    with files.lock(tmp_path / "run"), pytest.raises(ValueError, match=f"in use by process {os.getpid()};"):
+        run(recipe(tmp_path, steps=2), tmp_path, resume=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_read_only_directory_can_be_read(tmp_path, monkeypatch):
+    given, opened = recipe(tmp_path, steps=2), os.open
+    run(given, tmp_path)
+
+    def refuse(path: Any, flags: int, *more: Any, **how: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *more, **how)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert load(tmp_path / "run", device="cpu") and runs.read(tmp_path / "run").state == "done"
+    with pytest.raises(OSError, match=r"cannot open: Read-only.*run"):
+        run(given, tmp_path, resume=True)
+
+
+def test_optimizer_states_that_are_no_numbers_are_refused(tmp_path):
+    given = recipe(tmp_path, steps=2)
+    saved = run(given, tmp_path)
+    states = tensors.read(saved / checkpoint.OPTIMIZER)
+    next(iter(states.values())).fill_(math.nan)
+    (saved / checkpoint.OPTIMIZER).write_bytes(tensors.pack(states))
+    manifest_for(saved)
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors: NaN or infinite values in"):
+        run(replace(given, train=replace(given.train, steps=3)), tmp_path, resume=True)
+
+
+def test_sigterm_ends_a_process_with_130_and_all_saved(tmp_path):
+    given = recipe(tmp_path, steps=5000, eval_every=5000, save_every=5000)
+    (tmp_path / "config.json").write_text(recipes.to_json(given))
+    script = "import sys; from pathlib import Path; from ritornello import cli, recipes; "
+    script += "recipes.find = Path; recipes.read_toml = lambda path: recipes.parse_json(path.read_text(), path); "
+    command = [script + "sys.exit(cli.main())", "train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", *command], stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stderr
+        while not runs.lines(tmp_path / "run"):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.terminate()
+        said = process.stderr.read().decode()
+    assert process.returncode == 130 and "interrupted after step" in said
+    assert checkpoint.load(tmp_path / "run").manifest.step == runs.lines(tmp_path / "run")[-1]["step"]
 
 
 def test_steps_are_traced(tmp_path):

@@ -1,5 +1,6 @@
 """ritornello runs"""
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,13 @@ class Runs(Command):
         from ritornello.train import runs
 
         if self.action == "ls":
-            found = [path for root in self.paths or (Path("runs"),) for path in runs.find(root)]
-            self.show_list([runs.read(path) for path in found])
+            readable = []
+            for path in [path for root in self.paths or (Path("runs"),) for path in runs.find(root)]:
+                try:
+                    readable.append(runs.read(path))
+                except (OSError, ValueError) as error:  # the others are to be seen
+                    print(f"ritornello: left out: {error}", file=sys.stderr)
+            self.show_list(readable)
             return
         least = 2 if self.action == "compare" else 1
         require(len(self.paths) >= least, "PATH", len(self.paths), f"at least {least} runs")

@@ -64,15 +64,19 @@ def _default_out(name: str) -> Path:
 
 
 def _used(out: Path) -> str:
-    """What a run took."""
+    """What a run took, as far as can be told."""
     import shutil
 
     from ritornello.commands.runs import megabytes
     from ritornello.train import runs
 
-    run = runs.read(out)
-    peak, free = run.metrics.get("peak_mb", 0.0) * 1e6, shutil.disk_usage(out).free
-    return f"peak memory {megabytes(peak)}; {megabytes(run.n_bytes)} on disk, {free / 1e9:,.1f} GB free"
+    try:
+        run, free = runs.read(out), shutil.disk_usage(out).free
+    except (OSError, ValueError) as error:  # the run itself has ended well
+        return f"{out}: {error}"
+    peak = run.metrics.get("peak_mb")
+    memory = f"peak memory {megabytes(peak * 1e6)}; " if peak else ""
+    return f"{memory}{megabytes(run.n_bytes)} on disk, {free / 1e9:,.1f} GB free"
 
 
 def check_output(out: Path, *, resume: bool) -> None:

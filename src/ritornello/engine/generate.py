@@ -12,7 +12,7 @@ from torch import Tensor
 from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
 from ritornello.engine.quantize import Weights, quantize
-from ritornello.engine.sampling import Sampling, sample
+from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
 from ritornello.model.cache import Cache
 from ritornello.model.halting import check_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -240,7 +240,9 @@ def _start(
 def _write(texts: Sequence[_Text], run: Iterator[tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
     """Hand each text its tokens until it ends."""
     for chosen, loops in run:
-        rows = zip(texts, chosen.tolist(), loops.tolist(), strict=True)
+        rows = list(zip(texts, chosen.tolist(), loops.tolist(), strict=True))
+        if any(token == NO_TOKEN and not text.reason for text, token, _ in rows):
+            raise ArithmeticError("logits that are not numbers: the state has overflowed; lower n_loops")
         yield ["" if text.reason else text.push(token, used) for text, token, used in rows]
         if all(text.reason for text in texts):
             return

@@ -8,6 +8,8 @@ from torch import Tensor
 from ritornello.config import require_float, require_int
 from ritornello.ops.noise import fold, uniform
 
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -52,7 +54,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, *, index: int) -> Tensor:
-    """The token ids (B,) drawn from logits (B, V) as the `index`-th of each text; row i draws with seed + i."""
+    """The token ids (B,) drawn from logits (B, V) as the `index`-th of each text; row i draws with seed + i.
+    NO_TOKEN where logits are not numbers."""
+    lost = logits.isnan().any(-1)
+    return _drawn(logits, sampling, index).masked_fill(lost, NO_TOKEN)
+
+
+def _drawn(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     seeds = sampling.seed + torch.arange(len(logits), device=logits.device)

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import math
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,12 +56,21 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Distinct for cells that differ in anything."""
-        what = json.dumps({key: value for key, value in asdict(self).items() if key not in ("arm", "role")})
+        """Distinct for cells that differ in anything. Defaults are left out: a setting that a later version adds, off,
+        changes no name, and a default that it changes is found when a stored cell is read."""
+        what = json.dumps(_chosen(self))
         return f"{self.task}-{self.arm}-s{self.seed}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
     def build_task(self) -> Task:
         return build_task(self.task, dict(self.task_sizes))
+
+
+def _chosen(config: "Cell | ModelConfig | TrainConfig") -> dict[str, Any]:
+    """What differs from the defaults."""
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in ("arm", "role")}
+    defaults = {field.name: field.default for field in fields(config)}
+    nested = {name: _chosen(x) if is_dataclass(x) else x for name, x in values.items()}
+    return {name: x for name, x in nested.items() if x != defaults[name]}
 
 
 class Bfloat16Carry(SingleStream):
@@ -73,20 +81,32 @@ class Bfloat16Carry(SingleStream):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A trained cell. steps and seconds of training; FLOPs of it; peak memory of the process in bytes.
+class Facts:
+    """Of a training: steps, seconds, FLOPs, the last loss, peak memory of the process in bytes.
 
-    diverged: the step at which loss or gradient was no longer finite, or None.
+    loss: None before the first step; diverged: the step at which loss or gradient was no longer finite, or None.
     """
 
-    cell: Cell
-    model: RecurrentDepthTransformer
     steps: int
     seconds: float
     flops: float
     peak_bytes: int
-    loss: float
+    loss: float | None
     diverged: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """cell.json"""
+
+    cell: Cell
+    trained: Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Facts):
+    cell: Cell
+    model: RecurrentDepthTransformer
 
 
 Watch = Callable[[int, RecurrentDepthTransformer, Batch], None]
@@ -139,7 +159,7 @@ def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None 
     result."""
     task, model, settings, start = cell.build_task(), build(cell), cell.train, time.perf_counter()
     optimizers = build_optimizers(model, settings)
-    step, tokens, seq_len, loops, loss, diverged = 0, 0, 1, 0.0, math.nan, None
+    step, tokens, seq_len, loops, loss, diverged = 0, 0, 1, 0.0, None, None
     while step < settings.steps:
         now = batch(cell, task, step)
         try:
@@ -193,28 +213,39 @@ def trained(cell: Cell, store: Path) -> Trained:
 
 def describe(found: Trained) -> str:
     """cell.json"""
-    facts = {name: getattr(found, name) for name in ("steps", "seconds", "flops", "peak_bytes", "loss", "diverged")}
-    facts["loss"] = facts["loss"] if math.isfinite(facts["loss"]) else None
+    facts = {field.name: getattr(found, field.name) for field in fields(Facts)}
     return json.dumps({"cell": asdict(found.cell), "trained": facts}, indent=2, allow_nan=False) + "\n"
 
 
+def read(folder: Path) -> Stored:
+    """Raises ValueError, which names the file."""
+    source = folder / CELL
+    mapping = recipes.parse_json(recipes.read_text(source), source)
+    require(isinstance(mapping, dict), str(source), mapping, "what the lab wrote")
+    try:
+        return recipes.validated(Stored, mapping)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
 def load(folder: Path, cell: Cell | None = None) -> Trained:
-    """A stored cell.
+    """A stored cell; `cell`, if given, is the one that it must be.
 
     Raises:
         ValueError: files that are missing, damaged or another model's.
     """
-    mapping = recipes.parse_json(recipes.read_text(folder / CELL), folder / CELL)
-    known = isinstance(mapping, dict) and mapping.keys() == {"cell", "trained"}
-    require(known, str(folder / CELL), mapping, "what the lab wrote")
-    stored = recipes.validated(Cell, mapping["cell"])
-    facts = mapping["trained"]
-    facts["loss"] = math.nan if facts["loss"] is None else facts["loss"]
-    model = build(stored if cell is None else cell)
+    stored = read(folder)
+    if cell is not None:
+        same = replace(stored.cell, arm=cell.arm, role=cell.role) == cell
+        remedy = "a default has changed since; remove it to train it again"
+        require(same, str(folder), "another cell", "of the settings asked for", remedy)
+    with torch.device("meta"):
+        shapes = RecurrentDepthTransformer(stored.cell.model).state_dict()
     state = tensors.read(folder / MODEL)
-    tensors.check(state, model.state_dict(), folder / MODEL)
+    tensors.check(state, shapes, folder / MODEL)
+    model = build(stored.cell)
     model.load_state_dict(state)
-    return Trained(cell=stored, model=model.eval(), **facts)
+    return Trained(cell=stored.cell, model=model.eval(), **vars(stored.trained))
 
 
 def sizes(cell: Cell) -> dict[str, int]:

@@ -1,11 +1,12 @@
 """Work done in a process of its own for each piece, several at once."""
 
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 PATIENCE = 10.0  # seconds that a process has to end by itself
@@ -21,47 +22,66 @@ def each_alone(work: Callable[..., T], pieces: Sequence[tuple[Any, ...]], *, at_
         RuntimeError: a process ended without an answer, its exit code is named; or what `work` raised cannot travel.
             Else what `work` raised.
     """
-    context = get_context("spawn")
-    left, under_way = list(pieces), {}
+    left, under_way = list(pieces), dict[Connection, Beside[T]]()
     try:
         while left or under_way:
             while left and len(under_way) < at_once:
-                receive, send = context.Pipe(duplex=False)
-                process = context.Process(target=_answer, args=(send, work, left.pop(0)), daemon=True)
-                process.start()
-                send.close()  # here, so that the end of the process ends the pipe
-                under_way[receive] = process
+                started = Beside(work, *left.pop(0))
+                under_way[started.connection] = started
             for ended in wait(list(under_way)):
                 assert isinstance(ended, Connection)
-                answer = _received(ended)
-                process = under_way.pop(ended)
-                process.join()
-                if answer is None:
-                    raise RuntimeError(f"a process ended without an answer, exit code {process.exitcode}")
-                if isinstance(answer[0], Exception):
-                    raise answer[0]
-                yield answer[0]
+                yield under_way.pop(ended).result()
     finally:
-        for receive, process in under_way.items():
-            receive.close()
-            process.terminate()
-        for process in under_way.values():
-            process.join(PATIENCE)
-            process.kill()  # nothing where it has ended
-            process.join()
+        for started in under_way.values():
+            started.stop()
+        for started in under_way.values():
+            started.end()
 
 
-def _received(connection: Connection) -> Any:
-    with connection:
-        try:
-            return connection.recv()
-        except EOFError:
-            return None
+class Beside(Generic[T]):
+    """work(*piece) in a process that starts now and ends with this one."""
+
+    def __init__(self, work: Callable[..., T], *piece: Any) -> None:
+        context = get_context("spawn")
+        self.connection, send = context.Pipe(duplex=False)
+        self._process = context.Process(target=_answer, args=(send, work, piece), daemon=True)
+        self._process.start()
+        send.close()  # here, so that the end of the process ends the pipe
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait so long at most; whether it has an answer, or none to come."""
+        return bool(wait([self.connection], seconds))
+
+    def result(self) -> T:
+        """Wait for the end; what `work` returned, or raised. See `each_alone`."""
+        with self.connection:
+            try:
+                (answer,) = self.connection.recv()
+            except EOFError:
+                self._process.join()
+                raise RuntimeError(f"a process ended without an answer, exit code {self._process.exitcode}") from None
+        self._process.join()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        self.connection.close()
+        self._process.terminate()
+
+    def end(self) -> None:
+        """Now, after `stop`."""
+        self._process.join(PATIENCE)
+        self._process.kill()  # nothing where it has ended
+        self._process.join()
 
 
 def _answer(send: Connection, work: Callable[..., object], piece: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; what then happens is the parent's say
     try:
         answer = work(*piece)
+    except KeyboardInterrupt:  # a run that was asked to stop, and has saved
+        return
     except Exception as error:  # noqa: BLE001  (raised again where the answer is read)
         answer = _portable(error)
         answer.add_note(f"in a process of its own:\n{traceback.format_exc()}")

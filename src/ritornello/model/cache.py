@@ -73,6 +73,7 @@ class Cache(KeyValues):
         n_loops = config.n_loops if n_loops is None else n_loops
         require_int("n_loops", n_loops, 1, MAX_LOOPS)
         require_choice("policy", policy, ("per_loop", "last", "first"))
+        require(dtype.is_floating_point, "dtype", dtype, "a floating-point type")
         self.policy: CachePolicy = "first" if config.kv_sharing == "first" else policy
         self.n_slots = n_loops if self.policy == "per_loop" else 1
         self.config, self.batch_size, self.max_len = config, batch_size, max_len

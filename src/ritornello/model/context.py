@@ -93,6 +93,8 @@ def build_context(
     for name, tensor in given.items():
         wanted, axes = (shape[:1], "(B,)") if name == "key.sequences" else (shape, "(B, T)")
         if tensor is not None:
+            ok = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+            require(ok, name, getattr(tensor, "dtype", type(tensor).__name__), "a tensor of integers")
             require(tensor.shape == wanted, name, tuple(tensor.shape), f"of shape {axes} = {tuple(wanted)}")
     if cache is not None:
         documents = cache.begin(config, (x.shape[0], x.shape[1]), documents)

@@ -30,9 +30,10 @@ from ritornello.model.layers import Layer, Pass
 from ritornello.model.lora import Linear
 from ritornello.model.moe import Routed
 from ritornello.model.norm import RMSNorm
-from ritornello.model.state import LoopState, Output, Routing
+from ritornello.model.state import LoopState, Output
 from ritornello.ops.linear import linear
 from ritornello.ops.noise import Key
+from ritornello.ops.routing import Routing
 from ritornello.ops.subset import Subset
 
 
@@ -341,7 +342,8 @@ class RecurrentDepthTransformer(nn.Module):
         balance, n_rows, state = [], 0, None
         for state in self.iterate(e, context, run):
             if out.routing is not None:
-                out.routing.add(state, None if real is None else real[state.rows])
+                masks = state.running, None if real is None else real[state.rows]
+                out.routing.add(state.loop, [routed.indices for routed in state.routed], masks)
             if out.trajectory is not None:
                 out.trajectory.append(state)
             found = [routed.balance for routed in state.routed if routed.balance.requires_grad]
@@ -353,7 +355,7 @@ class RecurrentDepthTransformer(nn.Module):
         out.loops_used = run.depth.restore(state.loops_used)
         if state.halt is not None and isinstance(self.halting.head, ActHead):
             ponder = out.loops_used + run.depth.restore(state.halt.remainder)
-            out.aux["ponder"] = ponder.mean() if real is None else (ponder * real).sum() / real.sum()
+            out.aux["ponder"] = ponder.mean() if real is None else (ponder * real).sum() / real.sum().clamp(min=1)
         return run.depth.restore(self.read_out(state))
 
     def read_out(self, state: LoopState) -> Tensor:
@@ -369,9 +371,10 @@ class RecurrentDepthTransformer(nn.Module):
         require((tokens is None) != (inputs_embeds is None), "tokens", both, "given, or else inputs_embeds")
         if tokens is None:
             assert inputs_embeds is not None
-            ok = inputs_embeds.ndim == 3 and inputs_embeds.shape[-1] == c.dim and inputs_embeds.numel() > 0
-            require(ok, "inputs_embeds", tuple(inputs_embeds.shape), f"of shape (B, T, {c.dim}), not empty")
             x = inputs_embeds
+            ok = x.ndim == 3 and x.shape[-1] == c.dim and x.numel() > 0
+            require(ok, "inputs_embeds", tuple(x.shape), f"of shape (B, T, {c.dim}), not empty")
+            require(x.is_floating_point(), "inputs_embeds", x.dtype, "of a floating-point type")
         else:
             require(isinstance(tokens, Tensor), "tokens", type(tokens).__name__, "a tensor")
             require(tokens.dtype in (torch.int64, torch.int32), "tokens", tokens.dtype, "int64 or int32")

@@ -1,7 +1,6 @@
 """What the recurrence carries, and what a forward pass returns."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from ritornello.model.context import Loop
 from ritornello.model.depth import Turn
 from ritornello.model.halting import HaltState
 from ritornello.model.moe import Routed
-from ritornello.ops.routing import expert_load
+from ritornello.ops.routing import Routing
 from ritornello.ops.subset import Subset
 
 
@@ -60,24 +59,6 @@ class LoopState:
         halt = None if self.halt is None or new.halt is None else self.halt.put(some, new.halt)
         h, used = some.put(self.h, new.h), some.put(self.loops_used, new.loops_used)
         return LoopState(h, used, self.rows, turn.loop, turn.running, routed, new.entries, halt)
-
-
-class Routing:
-    """What the tokens chose, loop by loop; counted when someone asks."""
-
-    def __init__(self, n_loops: int, n_layers: int, n_experts: int) -> None:
-        self.shape = (n_loops, n_layers, n_experts)
-        self._seen: list[tuple[Loop, list[Tensor], list[Tensor]]] = []
-
-    def add(self, state: LoopState, real: Tensor | None) -> None:
-        """One loop's choices: of tokens that ran and are `real` (m, T)."""
-        masks = [mask for mask in (state.running, real) if mask is not None]
-        self._seen.append((state.loop, [routed.indices for routed in state.routed], masks))
-
-    @cached_property
-    def load(self) -> Tensor:
-        """(n_loops, R, E) int64: the tokens each expert got, by loop index and recurrent layer."""
-        return expert_load(self.shape, self._seen)
 
 
 @dataclass

@@ -64,6 +64,8 @@ class _Sum(torch.autograd.Function):
                 if ctx.needs_input_grad[1]:
                     part = scores.t() @ x[rows]
                     d_weight = part if d_weight is None else d_weight.to(precise).add_(part)
+        if d_weight is None and ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(w)  # of no tokens
         ctx.gradients = d_hidden.to(hidden.dtype), None if d_weight is None else d_weight.to(weight.dtype)
         return total
 

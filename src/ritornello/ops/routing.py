@@ -1,5 +1,8 @@
 """Who may be chosen, how many chose whom, and how evenly (DeepSeek-V3 2412.19437, §2.1.2)."""
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -28,7 +31,27 @@ def balance_loss(indices: Tensor, scores: Tensor, masks: list[Tensor]) -> Tensor
     return (frequency * probability).sum(-1).mean()
 
 
-def expert_load(shape: tuple[int, int, int], seen: list[tuple[int | Tensor, list[Tensor], list[Tensor]]]) -> Tensor:
+Chosen = tuple[int | Tensor, list[Tensor], list[Tensor]]  # of a pass, see `expert_load`
+
+
+class Routing:
+    """What the tokens chose, pass by pass; counted when someone asks."""
+
+    def __init__(self, n_loops: int, n_layers: int, n_experts: int) -> None:
+        self.shape = (n_loops, n_layers, n_experts)
+        self._seen: list[Chosen] = []
+
+    def add(self, loop: int | Tensor, chosen: list[Tensor], masks: Sequence[Tensor | None]) -> None:
+        """See `expert_load`; a mask that is None keeps all."""
+        self._seen.append((loop, chosen, [mask for mask in masks if mask is not None]))
+
+    @cached_property
+    def load(self) -> Tensor:
+        """(n_loops, R, E) int64: the tokens each expert got, by loop index and recurrent layer."""
+        return expert_load(self.shape, self._seen)
+
+
+def expert_load(shape: tuple[int, int, int], seen: list[Chosen]) -> Tensor:
     """How many tokens each expert got: int64 of `shape` (loops, layers, E).
 
     seen: by pass, its loop index (an int, or (B, 1 or T); the last row takes those beyond), the experts (B, T, k) that

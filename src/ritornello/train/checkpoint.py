@@ -29,9 +29,9 @@ from ritornello import recipes
 from ritornello.config import Recipe, require_int
 from ritornello.train import files, tensors
 from ritornello.train.runs import CHECKPOINTS, CONFIG
+from ritornello.train.tokenizer import MAX_BYTES
 
 FORMAT = 2
-MAX_TOKENIZER = 100_000_000  # bytes
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 TOKENIZER, STATE, MANIFEST = "tokenizer.json", "state.json", "manifest.json"
 CONTENTS = {MODEL, OPTIMIZER, CONFIG, TOKENIZER, STATE}
@@ -142,8 +142,17 @@ def verify(directory: str | Path) -> Manifest:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The newest valid checkpoint of a run; damaged ones are skipped with a warning that names the file."""
-    return next(_valid(_directories(Path(run_dir, CHECKPOINTS))), None)
+    """The newest valid checkpoint of a run; damaged ones are skipped with a warning that names the file.
+
+    Raises:
+        ValueError: there are checkpoints, but none is valid: what is left may be worth a look.
+    """
+    directory = Path(run_dir, CHECKPOINTS)
+    listed = _directories(directory)
+    found = next(_valid(listed), None)
+    if listed and found is None:
+        raise ValueError(f"{directory}: no valid checkpoint among {len(listed)}; move them away to begin anew")
+    return found
 
 
 def load(run_or_checkpoint: str | Path) -> Checkpoint:
@@ -162,7 +171,7 @@ def load(run_or_checkpoint: str | Path) -> Checkpoint:
         directory=directory,
         manifest=manifest,
         recipe=recipes.read_json(directory / CONFIG),
-        tokenizer_json=recipes.read_text(directory / TOKENIZER, max_bytes=MAX_TOKENIZER),
+        tokenizer_json=recipes.read_text(directory / TOKENIZER, max_bytes=MAX_BYTES),
         model_state=model_state,
     )
 
@@ -175,7 +184,9 @@ def training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor | Scalar], 
         case {"optimizer": dict(scalars), "trainer": dict(trainer)}:
             for older in range(checkpoint.manifest.format, FORMAT):
                 trainer = MIGRATIONS[older](trainer)
-            return {**tensors.read(checkpoint.directory / OPTIMIZER), **scalars}, trainer
+            states = tensors.read(checkpoint.directory / OPTIMIZER)
+            tensors.require_finite(states, checkpoint.directory / OPTIMIZER)
+            return {**states, **scalars}, trainer
     raise ValueError(f"{source}: must hold an optimizer's and a trainer's state")
 
 
@@ -273,7 +284,8 @@ def _purge(saved: Path, keep: int) -> None:
 
 def _directories(checkpoints: Path) -> list[Path]:
     """Every checkpoint by name, newest first, valid or not."""
-    found = [path for path in checkpoints.glob("step_*") if _step(path) is not None and path.is_dir()]
+    listed = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    found = [path for path in listed if _step(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: _step(path) or 0, reverse=True)
 
 

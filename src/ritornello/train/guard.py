@@ -45,11 +45,22 @@ class Limits:
                 raise SpikeError(step, sequences, loss, grad_norm, f"{name} {value:.4g} is above {most:.4g}, a spike")
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a guard knows, as a checkpoint keeps it."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    lost: list[tuple[int, list[int]]]
+    n_skipped: int
+
+
 @dataclass
 class Guard:
     """What the steps so far were like. sigmas: standard deviations above the mean that make a spike, 0: nothing does.
 
-    Only finite numbers enter the history, spikes too: a loss that stays where it jumped to is soon no spike.
+    Only finite numbers enter the history, and a spike as the limit that it passed: one of any size leaves the guard
+    awake, and a loss that stays where it jumped to is soon no spike.
     """
 
     sigmas: float
@@ -74,7 +85,8 @@ class Guard:
         self.n_skipped += 1
         if not isinstance(error, NonFiniteError):
             self.lost.clear()
-            self._remember(error.loss, error.grad_norm)
+            most = self.limits()
+            self._remember(min(error.loss, most.loss), min(error.grad_norm, most.grad_norm))
             return
         self.lost.append((error.step, list(error.sequences)))
         if len(self.lost) >= IN_A_ROW:
@@ -93,16 +105,16 @@ class Guard:
         self.grad_norms.append(grad_norm)
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON, for a checkpoint."""
+        """`Seen` as plain JSON."""
         lost = [[step, sequences] for step, sequences in self.lost]
         seen = {"losses": list(self.losses), "grad_norms": list(self.grad_norms)}
         return {**seen, "lost": lost, "n_skipped": self.n_skipped}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.losses.extend(state["losses"])
-        self.grad_norms.extend(state["grad_norms"])
-        self.lost = [(step, sequences) for step, sequences in state["lost"]]
-        self.n_skipped = state["n_skipped"]
+    def restore(self, state: Seen) -> None:
+        self.losses.extend(state.losses)
+        self.grad_norms.extend(state.grad_norms)
+        self.lost = list(state.lost)
+        self.n_skipped = state.n_skipped
 
 
 def _listed(sequences: Sequence[int], most: int = 64) -> str:

@@ -1,6 +1,7 @@
 """The runs on this disk: what each is, how far it came, how two differ, and their removal. Needs no torch."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def read(path: str | Path) -> Run:
     recipe = recipes.read_json(path / CONFIG)
     metrics: dict[str, float] = {}
     for line in lines(path):
-        metrics |= line
+        most = {name: max(line[name], metrics.get(name, 0.0)) for name in line if name == "peak_mb"}  # of all processes
+        metrics |= line | most
     step = int(metrics.pop("step", 0))
     files_inside = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
     done = "done" if step >= recipe.train.steps else "stopped"
@@ -67,17 +69,19 @@ def read(path: str | Path) -> Run:
 def lines(path: str | Path) -> list[dict[str, Any]]:
     """Every line of a run's metrics, in order; one that a kill cut short, or that has no step, is left out."""
     source = Path(path, METRICS)
+    require(source.is_file() or not source.exists(), str(source), "something else", "a regular file")
     found = [parsed(line) for line in source.read_bytes().splitlines()] if source.exists() else []
     return [line for line in found if line is not None]
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics, if it is one."""
+    """A line of metrics, if it is one: finite numbers, and a step."""
     try:
         found = json.loads(line)
-    except (ValueError, RecursionError):
+        good = isinstance(found, dict) and all(type(x) in (int, float) and math.isfinite(x) for x in found.values())
+    except (ValueError, RecursionError, OverflowError):
         return None
-    return found if isinstance(found, dict) and type(found.get("step")) is int else None
+    return found if good and type(found.get("step")) is int else None
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

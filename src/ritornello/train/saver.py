@@ -60,5 +60,9 @@ class Saver:
                 raise
             error.add_note(f"the last checkpoint was not written: {failed}")
         finally:
-            if self._pool is not None:
-                self._pool.shutdown()
+            self.close()
+
+    def close(self) -> None:
+        """Wait for what is under way, without asking how it went."""
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from ritornello.config import require, require_choice, require_int
+from ritornello.recipes import read_text
 from ritornello.train import files
 from ritornello.train.corpus import Corpus, Document, require_unchanged, stamp
-from ritornello.train.tokenizer import Tokenizer, from_json
+from ritornello.train.tokenizer import MAX_BYTES, Tokenizer, from_json
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -196,8 +197,8 @@ def open_shards(directory: Path, *, verify: bool = True) -> Dataset:
         ValueError: missing, truncated, of another dtype, changed, or an id outside the vocabulary (its place named).
     """
     try:
-        meta = json.loads((directory / "meta.json").read_bytes())
-        text = (directory / "tokenizer.json").read_bytes()
+        meta = json.loads(read_text(directory / "meta.json", max_bytes=MAX_BYTES))
+        text = read_text(directory / "tokenizer.json", max_bytes=MAX_BYTES).encode()
         require_int("format", meta["format"], 1, FORMAT)
         require_choice("dtype", meta["dtype"], DTYPES)
         _require_digest(directory / "meta.json", _fingerprint(meta), meta["fingerprint"])

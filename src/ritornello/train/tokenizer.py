@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ritornello.config import require, require_int
 
+MAX_BYTES = 100_000_000  # of a tokenizer or a list of files, far beyond any real one
 LONG_WORD = re.compile(r"(\S{1000})")
 
 

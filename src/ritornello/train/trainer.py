@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ritornello import recipes
-from ritornello.config import DataConfig, ModelConfig, Recipe, default_exit, require, shown
-from ritornello.device import peak_memory, pick_device
+from ritornello.config import DataConfig, ModelConfig, Recipe, default_exit, require, require_int, shown
+from ritornello.device import peak_memory, pick_device, reset_peak_memory
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, files, tensors
 from ritornello.train.data import NO_LABEL, Batch, Batches, Rows, prepare
 from ritornello.train.evaluate import Evaluation, evaluate
-from ritornello.train.guard import Guard, SkippedStepError
+from ritornello.train.guard import Guard, Seen, SkippedStepError
 from ritornello.train.halting import fit_gate
 from ritornello.train.interrupt import InterruptedRunError, stop_request
-from ritornello.train.metrics import MetricsFile, Observer, TensorBoard, Tracker, to_host
+from ritornello.train.metrics import Observer, observers, require_packages, to_host
 from ritornello.train.optim import build_optimizers
 from ritornello.train.profiling import profiling
 from ritornello.train.saver import Saver
@@ -65,6 +65,7 @@ def train(
     """
     out, config = Path(out), recipe.train
     target = pick_device(device)
+    require_packages(config)
     cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
     dataset = prepare(recipe.data, cache, offline=offline, progress=data_progress)
     _check_vocabulary(recipe, dataset)
@@ -77,14 +78,16 @@ def train(
         if found is None and config.warm_start:
             warm_start(model, config.warm_start, tokenizer_json=dataset.tokenizer.to_json())
         model.to(target).train()
+        reset_peak_memory(target)
         trainer = Trainer(recipe, dataset, model, build_optimizers(model, config), saver)
         if found is not None:
             trainer.restore(checkpoint.load(found), other_data=other_data)
             ok = trainer.step <= config.steps
             require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
-        files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
         with ExitStack() as stack, profiling(out, profile) as step_done:
-            trainer.observers = [*_observers(recipe, out, trainer.step, offline, stack), *filter(None, [observer])]
+            watching = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
+            trainer.observers = [*watching, *filter(None, [observer])]
+            files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
             while trainer.step < config.steps:
                 trainer.advance()
                 step_done()
@@ -94,6 +97,17 @@ def train(
         saved = saver.wait()
         assert saved is not None
         return saved
+
+
+@dataclass(frozen=True)
+class State:
+    """What is saved besides weights and optimizers: data, depth and noise are functions of (seed, step)."""
+
+    step: int
+    guard: Seen
+
+    def __post_init__(self) -> None:
+        require_int("step", self.step, 1)
 
 
 @dataclass
@@ -128,7 +142,7 @@ class Trainer:
         if last and self._fits_gate:
             self._fit_gate()
         if last or self.step % config.eval_every == 0:
-            self._report(self.evaluate().metrics())
+            self._report({**self.evaluate().metrics(), **self._peak})
         if last or self.step % config.save_every == 0:
             self.save()
 
@@ -163,7 +177,6 @@ class Trainer:
             recipe=self.recipe,
             tokenizer_json=self.dataset.tokenizer.to_json(),
             optimizer_state=checkpoint.flatten_optimizers(self.optimizers, self.model),
-            # data, depth and noise are functions of (seed, step)
             trainer_state={"step": self.step, "guard": self.guard.state()},
             fingerprint=self.dataset.fingerprint,
         )
@@ -172,16 +185,20 @@ class Trainer:
         """Continue from `found`. The [train] settings may differ: they then hold from here on."""
         _require_same("model", found.recipe.model, self.recipe.model, "a run keeps its model")
         if not other_data:
-            remedy = "other_data=True continues on other data"
+            remedy = "--other-data (other_data=True) continues on other data"
             _require_same("data", found.recipe.data, self.recipe.data, remedy)
             ok = found.manifest.fingerprint == self.dataset.fingerprint
             require(ok, "data fingerprint", self.dataset.fingerprint, f"{found.manifest.fingerprint}", remedy)
         tensors.check(found.model_state, self.model.state_dict(), found.directory / checkpoint.MODEL)
-        optimizer_state, state = checkpoint.training_state(found)
+        optimizer_state, saved = checkpoint.training_state(found)
+        try:
+            state = recipes.validated(State, saved)
+        except ValueError as error:
+            raise ValueError(f"{found.directory / checkpoint.STATE}: trainer: {error}") from None
         self.model.load_state_dict(found.model_state)
         checkpoint.restore_optimizers(self.optimizers, self.model, optimizer_state)
-        self.guard.restore(state["guard"])
-        self.step, self.saver.newest = state["step"], found.directory
+        self.guard.restore(state.guard)
+        self.step, self.saver.newest = state.step, found.directory
 
     @cached_property
     def guard(self) -> Guard:
@@ -201,6 +218,12 @@ class Trainer:
     def _fits_gate(self) -> bool:
         return self.recipe.model.halting == "gate" and self.recipe.train.halting_loss == "frozen"
 
+    @property
+    def _peak(self) -> dict[str, float]:
+        """Memory at its largest so far, where that is known."""
+        n_bytes = peak_memory(self.model.norm.weight.device)
+        return {"peak_mb": round(n_bytes / 1e6, 1)} if n_bytes else {}
+
     def _fit_gate(self) -> None:
         config, batches = self.recipe.train, self._batches
         micro = slice(config.microbatch_size or config.batch_size)
@@ -211,24 +234,12 @@ class Trainer:
         bits = metrics["loss"] / math.log(2) * int((batch.labels != NO_LABEL).sum())
         speed = self._tokens / self._seconds
         self._tokens, self._seconds = 0, 0.0
-        used = {"tok_per_s": round(speed, 1), "peak_mb": round(peak_memory(self.model.norm.weight.device) / 1e6, 1)}
+        used = {"tok_per_s": round(speed, 1), **self._peak}
         self._report({**metrics, "bpb": bits / max(1, int(batch.n_bytes.sum())), **used})
 
     def _report(self, metrics: dict[str, float]) -> None:
         for observer in self.observers:
             observer.update(self.step, metrics)
-
-
-def _observers(recipe: Recipe, out: Path, step: int, offline: bool, stack: ExitStack) -> list[Observer]:
-    """The metrics file, and what else the recipe asks for; `stack` closes them."""
-    found: list[Observer] = [MetricsFile(out, step=step)]
-    if recipe.train.tensorboard:
-        found.append(TensorBoard(out, step=step))
-    for package in ("trackio", "wandb"):
-        if getattr(recipe.train, package):
-            found.append(tracker := Tracker(package, out, config=asdict(recipe), offline=offline))
-            stack.callback(tracker.close)
-    return found
 
 
 def _check_vocabulary(recipe: Recipe, dataset: Dataset) -> None:
