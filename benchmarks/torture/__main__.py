@@ -1,39 +1,47 @@
-"""python -m benchmarks.torture: every case; writes benchmarks/results/torture.json. Takes half an hour."""
+"""python -m benchmarks.torture: every case, or those of the groups named; writes benchmarks/results/torture.json. All of
+them take the better part of an hour."""
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks.torture import damage, disk, kills, power, steps
-from benchmarks.torture.subject import prepared
+from benchmarks.torture.subject import Row, Subject, prepared
+from ritornello.config import pick
 
+GROUPS: dict[str, Callable[[Subject, float], Iterator[Row]]] = {
+    "damage": lambda subject, scale: damage.rows(subject, scale=scale),
+    "power": lambda subject, scale: power.rows(subject),
+    "disk": lambda subject, scale: disk.rows(subject),
+    "steps": lambda subject, scale: steps.rows(subject, scale=scale),
+    "kills": lambda subject, scale: kills.rows(subject, scale=scale),
+}
 RESULTS = Path(__file__).parent.parent / "results" / "torture.json"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="group", help=f"{', '.join(GROUPS)}; default: all")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of random trials")
     options = parser.parse_args()
     torch.set_num_threads(1)  # no pool of threads that a fork would lack
-    found = []
+    chosen = [pick(GROUPS, name, "group") for name in options.groups or GROUPS]
+    found: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         subject = prepared(Path(folder))
-        for rows in (
-            damage.rows(subject, scale=options.scale),
-            power.rows(subject),
-            disk.rows(subject),
-            steps.rows(subject, scale=options.scale),
-            kills.rows(subject, scale=options.scale),
-        ):
-            for row in rows:
+        for rows in chosen:
+            for row in rows(subject, options.scale):
                 print(json.dumps(row), flush=True)
-                found.append(row)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return int(any(row["failures"] for row in found))
+                found[row["case"]] = row
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    everything = {row["case"]: row for row in kept} | found
+    RESULTS.write_text(json.dumps(list(everything.values()), indent=1) + "\n", encoding="utf-8")
+    return int(any(row["failures"] for row in found.values()))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _one_fails(index: int, code: int, work: Callable[[], object], out: Path) -> 
     try:
         work()
     except OSError as error:
-        os._exit(SAID if str(out) in str(error) else 3)
+        os._exit(SAID if str(out.parent) in str(error) else 3)  # in which `out` itself is made
     os._exit(0 if calls[0] > index else UNTOUCHED)
 
 

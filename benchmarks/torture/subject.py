@@ -76,7 +76,10 @@ class Subject:
 
     def saved(self, out: Path) -> tuple[int, Digest] | None:
         """The step of the newest checkpoint in `out`, which can be loaded, and what it holds."""
-        newest = checkpoint.latest(out)
+        try:
+            newest = checkpoint.latest(out)
+        except ValueError:  # none is valid
+            newest = None
         if newest is None:
             return None
         assert not newest.name.startswith(files.TEMPORARY), f"{newest.name} was chosen"
