@@ -15,6 +15,7 @@ import torch
 from benchmarks import (
     decode,
     depth,
+    engine,
     experts,
     learning,
     loops,
@@ -62,6 +63,7 @@ THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
     "stream": lambda n, most: each(lambda w: stream.rows(w, n=n, bandwidth=most["bandwidth"]), stream.WEIGHTS),
     "saving": lambda n, most: saving.rows(n=n),
     "rounding": lambda n, most: each(rounding.rows, stream.WEIGHTS[1:]),
+    "engine": lambda n, most: engine.rows(n=n),
     "learning": lambda n, most: learning.rows(n=n),
 }
 

@@ -63,7 +63,8 @@ def rows(shape: str, attention: str, *, n: int) -> Iterator[dict[str, Any]]:
         run, name = recurrence(model, tokens, train=train), "loop, training" if train else "loop alone"
         assert not torch.equal(run(1), run(2))
         for few, many in pairwise(LOOPS):
-            found = paired(lambda: run(many), lambda: (run(few), run(few)), n=n)  # noqa: B023
+            turns = n * LOOPS[-1] // many  # the shorter, the more: each row takes as long
+            found = paired(lambda: run(many), lambda: (run(few), run(few)), n=turns)  # noqa: B023
             yield common | {
                 "metric": f"{name}, seconds, {many} loops",
                 **asdict(found),

@@ -1,5 +1,5 @@
-"""python -m benchmarks.torture: every case, or those of the groups named; writes benchmarks/results/torture.json. All of
-them take the better part of an hour."""
+"""python -m benchmarks.torture: every case, or those of the groups named; writes benchmarks/results/torture.json. All
+of them take the better part of an hour."""
 
 import argparse
 import json
@@ -38,7 +38,8 @@ def main() -> int:
             for row in rows(subject, options.scale):
                 print(json.dumps(row), flush=True)
                 found[row["case"]] = row
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    some = options.groups and RESULTS.exists()
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if some else []
     everything = {row["case"]: row for row in kept} | found
     RESULTS.write_text(json.dumps(list(everything.values()), indent=1) + "\n", encoding="utf-8")
     return int(any(row["failures"] for row in found.values()))

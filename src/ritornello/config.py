@@ -150,7 +150,7 @@ class ModelConfig:
     embedding_init: Literal["small", "unit"] = "small"  # small: as every matrix; unit: of variance 1
 
     def __post_init__(self) -> None:
-        positive = "vocab_size n_token_tables dim max_seq_len n_heads n_kv_heads head_dim ffn_dim carry_streams"
+        positive = "vocab_size dim max_seq_len n_heads n_kv_heads head_dim ffn_dim carry_streams"
         for name in positive.split():
             require_int(name, getattr(self, name), 1, MAX_SIZE)
         for name in "lora_rank q_lora_rank n_shared_experts".split():

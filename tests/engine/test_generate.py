@@ -4,7 +4,7 @@ import codecs
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -176,7 +176,7 @@ def test_depth_and_exit_reach_the_model() -> None:
 
 def test_streaming_computes_no_token_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, calls = small(), []
-    loaded.model.register_forward_hook(lambda *_: calls.append(torch.is_inference_mode_enabled()))
+    loaded.model.norm.register_forward_hook(lambda *_: calls.append(torch.is_inference_mode_enabled()))
     pieces = stream(loaded, "abc", temperature=0, max_tokens=5)
     assert calls == []
     first = next(pieces)
@@ -213,10 +213,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *scripts: list[int], tokenizer: To
     n = max(map(len, scripts))
     rows = torch.tensor([script + [BYTES.eos_id] * (n - len(script)) for script in scripts])
 
-    def steps(model: object, prompts: list, *, n_new: int, **_: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((rows[:, i], rows[:, i] * 0 + 1) for i in range(min(n, n_new)))
-
-    monkeypatch.setattr(engine, "decode", steps)
+    monkeypatch.setattr("ritornello.engine.engine.draw", lambda logits, how, seeds, index: rows[seeds, index])
+    monkeypatch.setattr(engine, "sample", lambda logits, how, *, index: rows[how.seed : how.seed + 1, index])
     return Loaded(build(tiny(vocab_size=VOCAB)), tokenizer, Recipe())
 
 
@@ -337,7 +335,7 @@ def test_the_end_of_a_document_ends_the_text(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_model_runs_no_further_than_the_last_text() -> None:
     """A stop or an end that comes early saves the rest."""
     loaded, calls = small(), []
-    loaded.model.register_forward_hook(lambda *_: calls.append(1))
+    loaded.model.norm.register_forward_hook(lambda *_: calls.append(1))
     whole = generate(loaded, "abc", temperature=0, max_tokens=12)
     assert len(calls) == 12
     calls.clear()
@@ -435,7 +433,7 @@ def unused(**changes: Any) -> Loaded:
     def refuse(*_: object) -> None:
         raise AssertionError("something was computed")
 
-    loaded.model.register_forward_pre_hook(refuse)
+    loaded.model.embed_tokens[0].register_forward_pre_hook(refuse)
     return loaded
 
 
@@ -489,3 +487,17 @@ def test_options_that_are_fine() -> None:
     for name, values in {**edges, "n_loops": (1, 40), "seed": (2**63 - 1,), "stop": ((), "no such text")}.items():
         for value in values:
             assert len(generate(loaded, "abc", max_tokens=2, **{name: value}).tokens) == 2
+
+
+def test_one_way_to_write_a_text_is_the_other() -> None:
+    """The engine, and all texts in lockstep; penalties are the engine's alone."""
+    loaded = small(halting="gate")
+    rule = divisive(loaded.model, "hazard")
+    how = {"max_tokens": 6, "exit": rule, "seed": 5, "n_loops": 3}
+    texts = generate(loaded, TEXTS, **how)
+    assert texts == generate(loaded, TEXTS, **how, use_cache=False)
+    assert len({loops for text in texts for loops in text.loops}) > 1
+    changed = generate(loaded, TEXTS, **how, frequency_penalty=5.0)
+    assert [text.text for text in changed] != [text.text for text in texts]
+    with pytest.raises(ValueError, match=r"sampling = .*: must be without penalties"):
+        generate(loaded, TEXTS, **how, frequency_penalty=5.0, use_cache=False)

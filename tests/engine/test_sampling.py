@@ -204,3 +204,48 @@ def test_bad_values_are_named(name: str, value: object) -> None:
 def test_bounds_are_allowed() -> None:
     Sampling(temperature=0, top_k=1, top_p=1, min_p=0, seed=0)
     Sampling(temperature=1e30, top_k=10**9, top_p=5e-324, min_p=1, seed=2**63 - 1)
+
+
+def test_penalties_and_biases() -> None:
+    """Against plain Python; no change gives back the logits themselves."""
+    logits, prompt, text = drawn(1, 8)[0], [0, 3], [3, 5, 5]
+    how = Sampling(
+        repetition_penalty=1.5, frequency_penalty=0.25, presence_penalty=0.5, logit_bias=((5, 2.0), (7, -9.0))
+    )
+    expected = logits.tolist()
+    for token in {*prompt, *text}:
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    for token, n in ((3, 1), (5, 2)):
+        expected[token] -= 0.25 * n + 0.5
+    expected[5] += 2.0
+    expected[7] -= 9.0
+    before = logits.clone()
+    assert sampling.adjusted(logits, how, prompt, text).tolist() == pytest.approx(expected, abs=1e-12)
+    assert torch.equal(logits, before) and sampling.adjusted(logits, Sampling(), prompt, text) is logits
+    assert sampling.adjusted(logits, how, prompt, []).tolist() != pytest.approx(expected, abs=1e-3)
+
+
+def test_each_row_has_its_own_seed_and_index() -> None:
+    logits = drawn(1, 50).expand(40, -1)
+    seeds, index = torch.arange(40) % 8, torch.arange(40) // 8
+    found = sampling.draw(logits, Sampling(), seeds, index).tolist()
+    for row in range(40):
+        assert found[row] == int(sample(logits[:1], Sampling(seed=row % 8), index=row // 8))
+    assert len(set(found)) > 5
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"presence_penalty": "1"},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((1, math.nan),)},
+    ],
+    ids=str,
+)
+def test_penalties_out_of_range(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} = .*: must be"):
+        Sampling(**bad)

@@ -110,7 +110,7 @@ def test_limits_come_from_finite_steps_only():
         assert guard.limits() == Limits()
         guard.done(2.0 + i % 2, 1.0)
     limits = guard.limits()
-    assert limits.loss == pytest.approx(2.5 + 6 * 0.5) and limits.grad_norm == 1.0
+    assert limits.loss == pytest.approx(2.5 + 6 * 0.5) and limits.grad_norm == pytest.approx(1.006)
     with pytest.raises(NonFiniteError) as lost:
         limits.check(3, [1, 2], NAN, 1.0)
     guard.skipped(lost.value)
@@ -127,10 +127,11 @@ def test_any_value_that_is_not_finite_counts(values):
         Limits().check(0, [0], *values)
 
 
-def test_a_lasting_jump_is_soon_no_spike():
+@pytest.mark.parametrize("noise", [0.1, 1e-6, 0.0])
+def test_a_lasting_jump_is_soon_no_spike(noise):
     guard, left_out = Guard(6.0), 0
     for i in range(WINDOW):
-        guard.done(2.0 + 0.1 * (i % 2), 1.0)
+        guard.done(2.0 + noise * (i % 2), 1.0)
     for _ in range(WINDOW):
         try:
             guard.limits().check(0, [0], 4.0, 1.0)
@@ -138,7 +139,7 @@ def test_a_lasting_jump_is_soon_no_spike():
         except SpikeError as error:
             guard.skipped(error)
             left_out += 1
-    assert 0 < left_out < 20  # though it is 39 standard deviations
+    assert 0 < left_out < (20 if noise == 0.1 else 60)  # though it is 39 standard deviations, or many more
 
 
 @pytest.mark.parametrize("size", [6.0, 1e3, 1e30])

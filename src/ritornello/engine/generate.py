@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
+from ritornello.engine.engine import Engine, Event, Request
+from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
 from ritornello.model.cache import Cache
@@ -18,6 +20,9 @@ from ritornello.model.halting import check_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, tensors
 from ritornello.train.tokenizer import StreamDecoder, Tokenizer, from_json
+
+ROOM = 4  # texts of max_seq_len that the engine has memory for, if so many tokens are asked for
+OVERFLOWED = "logits that are not numbers: the state has overflowed; lower n_loops"
 
 
 @dataclass(frozen=True)
@@ -156,12 +161,16 @@ class Options(TypedDict, total=False):
     n_loops: int | None  # depth of each token, with `exit` the most it may reach; None: the model's own
     exit: ExitRule | None  # lets each token stop early; None: never
     stop: str | Sequence[str]  # the text ends before the first of these
-    use_cache: bool  # True
-    temperature: float  # these five: see Sampling
+    use_cache: bool  # True; False computes everything anew for each token, to compare with
+    temperature: float  # these and those after them: see Sampling
     top_k: int | None
     top_p: float | None
     min_p: float | None
     seed: int
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
 
 
 def stream(loaded: Loaded, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
@@ -218,23 +227,73 @@ def _start(
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     require(len(ids) > 0, "prompts", prompts, "at least one text")
     texts, lengths = [_Text(tokenizer, stops) for _ in ids], [len(row) for row in ids]
-    cramped = min(lengths) < max(lengths) and max(lengths) + max_tokens > model.config.max_seq_len
-    size = 1 if cramped else len(ids)  # together, padding would take a shorter text's room
-    runs = []
-    for first in range(0, len(ids), size):
-        rows = slice(first, first + size)
+    limit = model.config.max_seq_len
+    require(max(lengths) <= limit, "prompt", f"{max(lengths)} tokens", f"at most max_seq_len = {limit}")
+    how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "stop": frozenset({tokenizer.eos_id})}
+    asked = [Request(prompt=row, sampling=replace(checked, seed=checked.seed + i), **how) for i, row in enumerate(ids)]
+    compiled = any(name in vars(model) for name in ("_step", "_compute"))
+    alone = len(asked) == 1 and not checked.reads_text  # nothing to share a pass with: the shorter way is faster
+    if not use_cache or compiled or alone:
+        return texts, _in_lockstep(loaded, texts, asked, use_cache)
+    return texts, _served(loaded, texts, asked, n_loops or model.config.n_loops)
+
+
+def _served(loaded: Loaded, texts: Sequence[_Text], asked: Sequence[Request], n_loops: int) -> Iterator[list[str]]:
+    """By the engine: each token as deep as it must."""
+    model, places = loaded.model, {}
+    layout, limit = Layout(model.config, n_loops=n_loops), model.config.max_seq_len
+    rooms = [layout.most_rows(min(len(request.prompt) + request.max_tokens, limit) - 1) for request in asked]
+    n_rows = min(sum(rooms), max(*rooms, layout.most_rows(ROOM * limit)))
+    engine = Engine(model, n_rows=n_rows, n_loops=n_loops, vocab_size=loaded.tokenizer.vocab_size)
+    for i, request in enumerate(asked):
+        if len(request.prompt) < limit:
+            places[engine.submit(request)] = i
+
+    def pieces() -> Iterator[list[str]]:
+        while engine.busy:
+            new = [""] * len(texts)
+            for event in engine.step():
+                i = places[event.number]
+                new[i] += _told(texts[i], event)
+                if texts[i].reason:
+                    engine.cancel(event.number)
+            yield new
+        yield ["" if text.reason else text.finish("length") for text in texts]
+
+    return pieces()
+
+
+def _told(text: _Text, event: Event) -> str:
+    if event.reason == "failed":
+        raise ArithmeticError(OVERFLOWED)
+    if event.token is None:
+        return text.finish("end")
+    return text.push(event.token, event.loops)
+
+
+def _in_lockstep(
+    loaded: Loaded, texts: Sequence[_Text], asked: Sequence[Request], use_cache: bool
+) -> Iterator[list[str]]:
+    """All texts take each step together: what a compiled model does best, and the shorter way for one text."""
+    lengths, how, runs = [len(request.prompt) for request in asked], asked[0], []
+    allowed = "without penalties and biases for a compiled model or without a cache"
+    require(not how.sampling.reads_text, "sampling", how.sampling, allowed)
+    cramped = min(lengths) < max(lengths) and max(lengths) + how.max_tokens > loaded.model.config.max_seq_len
+    size = 1 if cramped else len(asked)  # together, padding would take a shorter text's room
+    for first in range(0, len(asked), size):
+        some = asked[first : first + size]
         run = decode(
-            model,
-            ids[rows],
-            n_new=max_tokens,
-            vocab_size=tokenizer.vocab_size,
-            n_loops=n_loops,
-            exit=exit,
-            sampling=replace(checked, seed=checked.seed + first),
+            loaded.model,
+            [request.prompt for request in some],
+            n_new=how.max_tokens,
+            vocab_size=loaded.tokenizer.vocab_size,
+            n_loops=how.n_loops,
+            exit=how.exit,
+            sampling=some[0].sampling,
             use_cache=use_cache,
         )
-        runs.append(_write(texts[rows], run))
-    return texts, chain.from_iterable(runs)
+        runs.append(_write(texts[first : first + size], run))
+    return chain.from_iterable(runs)
 
 
 def _write(texts: Sequence[_Text], run: Iterator[tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
@@ -242,7 +301,7 @@ def _write(texts: Sequence[_Text], run: Iterator[tuple[Tensor, Tensor]]) -> Iter
     for chosen, loops in run:
         rows = list(zip(texts, chosen.tolist(), loops.tolist(), strict=True))
         if any(token == NO_TOKEN and not text.reason for text, token, _ in rows):
-            raise ArithmeticError("logits that are not numbers: the state has overflowed; lower n_loops")
+            raise ArithmeticError(OVERFLOWED)
         yield ["" if text.reason else text.push(token, used) for text, token, used in rows]
         if all(text.reason for text in texts):
             return

@@ -1,5 +1,8 @@
 """From logits to the next token. Randomness is addressed by (seed, index of the token), so company changes nothing."""
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,23 +18,64 @@ NO_TOKEN = -1
 class Sampling:
     """temperature 0 takes the likeliest token. Of the tempered distribution `top_k` keeps the k likeliest and what ties
     with the last, `top_p` the fewest of these that sum to p of them (nucleus, 1904.09751), `min_p` those of at least
-    that share of the likeliest's probability (2407.01082). None: no limit."""
+    that share of the likeliest's probability (2407.01082). None: no limit.
+
+    Before all that logits are changed: those of tokens in prompt or text so far by `repetition_penalty`, which divides
+    what is positive and multiplies what is negative (CTRL, 1909.05858); of tokens in the text by `frequency_penalty`
+    for each time and `presence_penalty` once; and by `logit_bias`, pairs of a token and what is added."""
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether logits are changed first, see `adjusted`."""
+        s = self
+        return bool(s.repetition_penalty != 1 or s.frequency_penalty or s.presence_penalty or s.logit_bias)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", tuple((token, bias) for token, bias in self.logit_bias))
         require_float("temperature", self.temperature, 0)
         require_int("seed", self.seed, 0, 2**63 - 1)
+        require_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
+        for name in ("frequency_penalty", "presence_penalty"):
+            require_float(name, getattr(self, name), -math.inf)
+        for token, bias in self.logit_bias:
+            require_int("logit_bias", token, 0)
+            require_float("logit_bias", bias, -math.inf)
         if self.top_k is not None:
             require_int("top_k", self.top_k, 1)
         if self.top_p is not None:
             require_float("top_p", self.top_p, 0, 1, open_low=True)
         if self.min_p is not None:
             require_float("min_p", self.min_p, 0, 1)
+
+
+def adjusted(logits: Tensor, sampling: Sampling, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+    """The logits (V,) that follow `prompt` and `text`, changed by penalties and biases."""
+    s, device = sampling, logits.device
+    seen_ids = [token for token in {*prompt, *text} if token < len(logits)] if s.repetition_penalty != 1 else []
+    if seen_ids:
+        seen = torch.tensor(seen_ids, device=device)
+        old = logits[seen]
+        logits = logits.index_copy(
+            0, seen, torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
+        )
+    changes = dict(s.logit_bias)
+    if s.frequency_penalty or s.presence_penalty:
+        for token, n in Counter(text).items():
+            changes[token] = changes.get(token, 0.0) - n * s.frequency_penalty - s.presence_penalty
+    if changes:
+        bias = torch.tensor(list(changes.values()), dtype=logits.dtype, device=device)
+        logits = logits.index_add(0, torch.tensor(list(changes), device=device), bias)
+    return logits
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -55,15 +99,20 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def sample(logits: Tensor, sampling: Sampling, *, index: int) -> Tensor:
     """The token ids (B,) drawn from logits (B, V) as the `index`-th of each text; row i draws with seed + i.
-    NO_TOKEN where logits are not numbers."""
-    lost = logits.isnan().any(-1)
-    return _drawn(logits, sampling, index).masked_fill(lost, NO_TOKEN)
+    NO_TOKEN where the largest logit is no finite number."""
+    seeds = sampling.seed + torch.arange(len(logits), device=logits.device)
+    return draw(logits, sampling, seeds, torch.full_like(seeds, index))
 
 
-def _drawn(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
+def draw(logits: Tensor, sampling: Sampling, seeds: Tensor, index: Tensor) -> Tensor:
+    """Like `sample`, with a seed and an index (B,) for each row instead of the sampling's."""
+    lost = ~logits.amax(-1).isfinite()
+    return _drawn(logits, sampling, seeds, index).masked_fill(lost, NO_TOKEN)
+
+
+def _drawn(logits: Tensor, sampling: Sampling, seeds: Tensor, index: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    seeds = sampling.seed + torch.arange(len(logits), device=logits.device)
     threshold = uniform(fold(fold(seeds, 0), index))[:, None]
     shares = probabilities(logits, sampling)
     cumulative = shares.cumsum(-1).where(shares > 0, 0)  # no rounding may let a token in that was left out

@@ -3,6 +3,7 @@
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -57,7 +58,7 @@ class Beside(Generic[T]):
         with self.connection:
             try:
                 (answer,) = self.connection.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 self._process.join()
                 raise RuntimeError(f"a process ended without an answer, exit code {self._process.exitcode}") from None
         self._process.join()
@@ -80,12 +81,13 @@ def _answer(send: Connection, work: Callable[..., object], piece: tuple[Any, ...
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; what then happens is the parent's say
     try:
         answer = work(*piece)
-    except KeyboardInterrupt:  # a run that was asked to stop, and has saved
-        return
+    except KeyboardInterrupt as interrupt:  # a run that was asked to stop, and has saved
+        answer = RuntimeError(str(interrupt) or "interrupted")
     except Exception as error:  # noqa: BLE001  (raised again where the answer is read)
         answer = _portable(error)
         answer.add_note(f"in a process of its own:\n{traceback.format_exc()}")
-    send.send((answer,))
+    with suppress(BrokenPipeError):  # nobody waits for it any more
+        send.send((answer,))
 
 
 def _portable(error: Exception) -> Exception:

@@ -12,10 +12,13 @@ from ritornello.model.lora import Linear
 from ritornello.model.norm import RMSNorm
 from ritornello.ops.attention import attention, rotate
 from ritornello.ops.linear import lowered
+from ritornello.ops.ragged import Ragged
 
 
 class Attention(nn.Module, ABC):
     """x (B, T, D) -> (B, T, D). `running` (B, T or 1) bool: tokens that have not halted."""
+
+    o_proj: Linear
 
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__()
@@ -27,15 +30,22 @@ class Attention(nn.Module, ABC):
         """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
         x = lowered(x)
         entries = kv.put(self.layer, loop, self.entry(x, context), running, context.some)
-        return self.attend(x, table, entries, context)
+        queries = self.queries(x, table, context)
+        apart = isinstance(entries, Ragged)
+        y = entries.each(queries, self.attend) if apart else self.attend(queries, entries, context.mask)
+        return self.o_proj(y, table)
 
     @abstractmethod
     def entry(self, x: Tensor, context: Context) -> Tensor:
         """What a token leaves for others to attend to: (B, T, kv_width)."""
 
     @abstractmethod
-    def attend(self, x: Tensor, table: Loop, entries: Tensor, context: Context) -> Tensor:
-        """Queries of x (B, T, D) over entries (B, S, kv_width)."""
+    def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, ...]:
+        """What x (B, T, D) looks for, in parts (B, T, H, width)."""
+
+    @abstractmethod
+    def attend(self, queries: tuple[Tensor, ...], entries: Tensor, mask: Tensor | None) -> Tensor:
+        """What the queries find in entries (B, S, kv_width): (B, T, H * value width)."""
 
 
 def lora_options(config: ModelConfig, target: str, *, looped: bool) -> dict[str, int]:
@@ -61,14 +71,15 @@ class GroupedQueryAttention(Attention):
             keys = rotate(keys.unflatten(-1, (-1, self.config.head_dim)), context.rope).flatten(-2)
         return torch.cat((keys, self.v_proj(x)), -1)
 
-    def attend(self, x: Tensor, table: Loop, entries: Tensor, context: Context) -> Tensor:
-        head_dim = self.config.head_dim
-        q = self.q_proj(x, table).unflatten(-1, (-1, head_dim))
-        if context.rope is not None:
-            q = rotate(q, context.rope)
+    def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, ...]:
+        q = self.q_proj(x, table).unflatten(-1, (-1, self.config.head_dim))
+        return (q if context.rope is None else rotate(q, context.rope),)
+
+    def attend(self, queries: tuple[Tensor, ...], entries: Tensor, mask: Tensor | None) -> Tensor:
+        head_dim, q = self.config.head_dim, queries[0]
         k, v = entries.unflatten(-1, (-1, head_dim)).to(q.dtype).transpose(1, 2).chunk(2, 1)
-        y = attention(q.transpose(1, 2), k, v, mask=context.mask, scale=head_dim**-0.5)
-        return self.o_proj(y.transpose(1, 2).flatten(-2), table)
+        y = attention(q.transpose(1, 2), k, v, mask=mask, scale=head_dim**-0.5)
+        return y.transpose(1, 2).flatten(-2)
 
 
 class LatentAttention(Attention):
@@ -103,20 +114,18 @@ class LatentAttention(Attention):
             rotary = rotate(rotary[:, :, None], context.rope)[:, :, 0]
         return torch.cat((self.kv_a_layernorm(latent).to(rotary.dtype), rotary), -1)
 
-    def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, Tensor]:
-        """(B, H, T, nope), (B, H, T, rope)."""
+    def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, ...]:
         c = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), table) if c.q_lora_rank else self.q_proj(x, table)
         nope, rotary = q.unflatten(-1, (c.n_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         if context.rope is not None:
             rotary = rotate(rotary, context.rope)
-        return nope.transpose(1, 2), rotary.transpose(1, 2)
+        return nope, rotary
 
-    def attend(self, x: Tensor, table: Loop, entries: Tensor, context: Context) -> Tensor:
-        nope, rotary = self.queries(x, table, context)
-        path = self.absorbed if self.absorbs(x.shape[1], entries.shape[1]) else self.expanded
-        y = path(nope, rotary, entries.to(nope.dtype), context.mask)
-        return self.o_proj(y.transpose(1, 2).flatten(-2), table)
+    def attend(self, queries: tuple[Tensor, ...], entries: Tensor, mask: Tensor | None) -> Tensor:
+        nope, rotary = (part.transpose(1, 2) for part in queries)
+        path = self.absorbed if self.absorbs(nope.shape[2], entries.shape[1]) else self.expanded
+        return path(nope, rotary, entries.to(nope.dtype), mask).transpose(1, 2).flatten(-2)
 
     def absorbs(self, n_queries: int, n_entries: int) -> bool:
         """Whether absorption multiplies less, per head: S tokens through kv_b_proj against T, with wider scores."""

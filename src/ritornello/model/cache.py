@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, CachePolicy, ModelConfig, require, require_choice, require_int
 from ritornello.model.context import Loop
+from ritornello.ops.ragged import Ragged
 from ritornello.ops.subset import Subset
 
 
@@ -18,8 +19,11 @@ class KeyValues(ABC):
     """The interface: `put` is called once per layer and loop."""
 
     @abstractmethod
-    def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None, some: Subset | None) -> Tensor:
-        """Take the entries (B, T, W) of this pass's tokens, give those of all tokens they attend to, (B, S, W).
+    def put(
+        self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None, some: Subset | None
+    ) -> Tensor | Ragged:
+        """Take the entries (B, T, W) of this pass's tokens, give those of all tokens they attend to, (B, S, W), or by
+        groups of tokens.
 
         `running` (B, T) or (B, 1) bool is False for a token that has halted: its entry stays that of its last loop.
         `some`: the pass has only these tokens of a batch; entry, running and what is given are theirs.

@@ -2,11 +2,12 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import Any
 
+LEAST = 1e-3  # of the mean: the smallest standard deviation
 WINDOW = 128  # steps that a new one is compared with; half of them must be there (OLMo-core's SkipStepOptimizer)
 IN_A_ROW = 3  # steps without a finite result, after which a run ends
 
@@ -73,7 +74,7 @@ class Guard:
         """Of the next step."""
         if not self.sigmas or len(self.losses) < WINDOW // 2:
             return Limits()
-        return Limits(*(fmean(seen) + self.sigmas * pstdev(seen) for seen in (self.losses, self.grad_norms)))
+        return Limits(*(_limit(seen, self.sigmas) for seen in (self.losses, self.grad_norms)))
 
     def done(self, loss: float, grad_norm: float) -> None:
         """A step was made."""
@@ -115,6 +116,12 @@ class Guard:
         self.grad_norms.extend(state.grad_norms)
         self.lost = list(state.lost)
         self.n_skipped = state.n_skipped
+
+
+def _limit(seen: Collection[float], sigmas: float) -> float:
+    """A history that hardly varies says nothing: what lies within a thousandth of its mean is no deviation."""
+    mean = fmean(seen)
+    return mean + sigmas * max(pstdev(seen), LEAST * abs(mean))
 
 
 def _listed(sequences: Sequence[int], most: int = 64) -> str:

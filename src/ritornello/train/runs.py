@@ -67,7 +67,8 @@ def read(path: str | Path) -> Run:
 
 
 def lines(path: str | Path) -> list[dict[str, Any]]:
-    """Every line of a run's metrics, in order; one that a kill cut short, or that has no step, is left out."""
+    """Every line of a run's metrics, in order; without those that a kill cut short, or that hold anything but a step
+    and finite numbers (which a resumed run removes)."""
     source = Path(path, METRICS)
     require(source.is_file() or not source.exists(), str(source), "something else", "a regular file")
     found = [parsed(line) for line in source.read_bytes().splitlines()] if source.exists() else []
