@@ -152,8 +152,7 @@ class Engine:
         chunk: int = 64,
         vocab_size: int | None = None,
     ) -> None:
-        compiled = any(name in vars(model) for name in ("_step", "_compute"))
-        require(not compiled, "model", "compiled", "as `load` gives it")
+        require(not is_compiled(model), "model", "compiled", "as `load` gives it")
         require_int("chunk", chunk, 1)
         require_int("tick_tokens", tick_tokens, chunk)
         n_loops = model.config.n_loops if n_loops is None else n_loops
@@ -426,8 +425,9 @@ class Engine:
             self.lanes.drop(flight.lanes)
             sequence.lanes[flight.places] = -1
             sequence.left += len(flight.places)
-            assert sequence.table is not None
-            self.prefixes.keep(sequence.keys[: sequence.left // BLOCK], sequence.table)
+            if flight.places[0] < len(sequence.request.prompt):  # later tokens complete no block of it
+                assert sequence.table is not None
+                self.prefixes.keep(sequence.keys[: sequence.left // BLOCK], sequence.table)
             if sequence.left == len(sequence.tokens):
                 found.append((sequence, int(end)))
         if not found:
@@ -520,6 +520,11 @@ class Engine:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
+
+
+def is_compiled(model: RecurrentDepthTransformer) -> bool:
+    """Whether `model.compile` has replaced its parts."""
+    return any(name in vars(model) for name in ("_step", "_compute"))
 
 
 def _logprobs(logits: Tensor, token: int, n: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
-from ritornello.engine.engine import Engine, Event, Request
+from ritornello.engine.engine import Engine, Event, Request, is_compiled
 from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
@@ -231,9 +231,8 @@ def _start(
     require(max(lengths) <= limit, "prompt", f"{max(lengths)} tokens", f"at most max_seq_len = {limit}")
     how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "stop": frozenset({tokenizer.eos_id})}
     asked = [Request(prompt=row, sampling=replace(checked, seed=checked.seed + i), **how) for i, row in enumerate(ids)]
-    compiled = any(name in vars(model) for name in ("_step", "_compute"))
     alone = len(asked) == 1 and not checked.reads_text  # nothing to share a pass with: the shorter way is faster
-    if not use_cache or compiled or alone:
+    if not use_cache or is_compiled(model) or alone:
         return texts, _in_lockstep(loaded, texts, asked, use_cache)
     return texts, _served(loaded, texts, asked, n_loops or model.config.n_loops)
 
