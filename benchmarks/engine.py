@@ -1,4 +1,5 @@
-"""Requests of mixed lengths and depths, at once and as they come: depth-wise batching beside batches in lockstep."""
+"""Requests of mixed lengths and depths, at once and as they come: depth-wise batching beside batches in lockstep; a
+text alone with and without a draft; and OpenMythos' own way to write several texts."""
 
 import inspect
 import json.decoder
@@ -6,47 +7,85 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
+import torch
+
+from benchmarks import peers
+from benchmarks.shapes import VOCAB, mixture
 from benchmarks.timing import paired
 from ritornello.accounting import at_mean_loops, flops_per_token
 from ritornello.config import ExitRule
-from ritornello.engine.engine import Engine, Request
+from ritornello.engine.engine import Engine
 from ritornello.engine.generate import decode, load
 from ritornello.engine.pages import Layout
+from ritornello.engine.request import Draft, Request
 from ritornello.engine.sampling import Sampling
+from ritornello.lab import cell
+from ritornello.lab.tasks import TASKS
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.recipes import find_model
 
 BATCHES = 16, 64  # texts in lockstep
 N_REQUESTS = 64
 RULE = ExitRule("hazard", 0.9)
+PROBLEMS = "chains", "chains-moe"  # the lab's models
+DRAFTS = Draft(n_loops=2, n_tokens=2), Draft(n_loops=3, n_tokens=3), Draft(n_loops=4, n_tokens=4)
 SEED = 0
+GREEDY = Sampling(temperature=0)
+Serve = Callable[[RecurrentDepthTransformer, Sequence[Request], Sequence[float]], "Served"]
 
 
-def requests(text: Sequence[int], n: int, exit: ExitRule | None) -> list[Request]:
+@dataclass(frozen=True)
+class Load:
+    """A trained model and what it is asked."""
+
+    name: str
+    model: RecurrentDepthTransformer
+    requests: list[Request]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {"bench": "engine", "shape": self.name, "attention": self.model.config.attention, "dtype": "fp32"}
+
+
+def texts() -> Load:
     """Prompts of 8 to 128 tokens out of a text, continued by 4 to 48."""
-    rng = random.Random(SEED)
-    found = []
-    for _ in range(n):
+    loaded, rng = load(find_model("python"), device="cpu"), random.Random(SEED)
+    text, found = loaded.tokenizer.encode(inspect.getsource(json.decoder)), []
+    for _ in range(N_REQUESTS):
         start, length = rng.randrange(len(text) - 128), rng.randint(8, 128)
-        prompt, new = text[start : start + length], rng.randint(4, 48)
-        found.append(Request(prompt=prompt, max_tokens=new, exit=exit, sampling=Sampling(temperature=0)))
-    return found
+        found.append(Request(prompt=text[start : start + length], max_tokens=rng.randint(4, 48), sampling=GREEDY))
+    return Load("python", loaded.model, found)
+
+
+def problems(name: str) -> Load:
+    """Graphs whose longest chain has 1 to 16 hops, and the question about its start: depth follows difficulty."""
+    task, rng = TASKS["chains"], np.random.default_rng(SEED)
+    hops = rng.integers(1, 17, 4 * N_REQUESTS)
+    drawn = task.sample(rng, hops, split="test")
+    n_edges = drawn.tokens.shape[1] // 2
+    places = (drawn.hops == hops[:, None]).argmax(1)
+    rows = zip(drawn.tokens.tolist(), places.tolist(), strict=True)
+    asked = [[*map(tuple, row[:n_edges]), tuple(row[place])] for row, place in rows]
+    model = cell.load(find_model(name)).model
+    return Load(name, model, [Request(prompt=prompt, max_tokens=1, n_loops=16, sampling=GREEDY) for prompt in asked])
 
 
 @dataclass
 class Served:
     """Of each request, seconds after it came: its first token and its last; and the tokens themselves. token_loops:
-    how often a token passed the engine's block."""
+    how often a token passed the engine's block; occupancy: of the places of its ticks."""
 
     first: list[float]
     last: list[float]
     tokens: list[list[int]]
     token_loops: int = 0
+    occupancy: float = 0.0
 
     @staticmethod
     def of(n: int) -> "Served":
@@ -69,10 +108,9 @@ def lockstep(
         if not ready:
             time.sleep(max(0.0, arrivals[done] - now))
             continue
-        how = asked[ready[0]]
+        how: Any = {name: getattr(asked[ready[0]], name) for name in ("n_loops", "exit", "sampling")}
         longest = max(asked[i].max_tokens for i in ready)
-        steps = decode(model, [asked[i].prompt for i in ready], n_new=longest, exit=how.exit, sampling=how.sampling)
-        for tokens, _ in steps:
+        for tokens, _ in decode(model, [asked[i].prompt for i in ready], n_new=longest, use_cache=longest > 1, **how):
             at = time.perf_counter() - begun
             for i, token in zip(ready, tokens.tolist(), strict=True):
                 if len(found.tokens[i]) < asked[i].max_tokens:
@@ -82,9 +120,10 @@ def lockstep(
 
 
 def depthwise(model: RecurrentDepthTransformer, asked: Sequence[Request], arrivals: Sequence[float]) -> Served:
-    rows = Layout(model.config, n_loops=model.config.n_loops).most_rows
+    n_loops = asked[0].n_loops or model.config.n_loops
+    rows = Layout(model.config, n_loops=n_loops).most_rows
     n_rows = sum(rows(len(request.prompt) + request.max_tokens) for request in asked)
-    engine = Engine(model, tick_tokens=256, chunk=64, n_rows=n_rows)
+    engine = Engine(model, tick_tokens=256, chunk=64, n_rows=n_rows, n_loops=n_loops)
     n, begun, come, found = len(asked), time.perf_counter(), 0, Served.of(len(asked))
     while come < n or engine.busy:
         while come < n and arrivals[come] <= time.perf_counter() - begun:
@@ -94,71 +133,117 @@ def depthwise(model: RecurrentDepthTransformer, asked: Sequence[Request], arriva
         for event in engine.step():
             assert event.token is not None
             found.add(event.number, event.token, time.perf_counter() - begun - arrivals[event.number])
-    found.token_loops = engine.n_token_loops
+    found.token_loops, found.occupancy = engine.n_token_loops, engine.n_token_loops / engine.n_ticks / 256
     return found
 
 
-Serve = Callable[[RecurrentDepthTransformer, Sequence[Request], Sequence[float]], Served]
-
-
 def rows(*, n: int) -> Iterator[dict[str, Any]]:
-    loaded = load(find_model("python"), device="cpu")
-    model, text = loaded.model, loaded.tokenizer.encode(inspect.getsource(json.decoder))
-    full, early = (requests(text, N_REQUESTS, rule) for rule in (None, RULE))
-    at_once = [0.0] * N_REQUESTS
-    common: dict[str, Any] = {"bench": "engine", "shape": "python", "attention": "gqa", "dtype": "fp32"}
-    solo, served = (serve(model, early[:16], at_once) for serve in (lockstep, depthwise))
+    for given in (texts(), *map(problems, PROBLEMS)):
+        yield from throughput(given, n=n)
+    yield from drafts(texts(), n=n)
+    yield from beside_openmythos(n=n)
+
+
+def throughput(given: Load, *, n: int) -> Iterator[dict[str, Any]]:
+    model, full = given.model, given.requests
+    early = [replace(request, exit=RULE) for request in full]
+    at_once, n_loops = [0.0] * len(full), full[0].n_loops or model.config.n_loops
+    solo, served = (serve(model, early[:32], at_once) for serve in (lockstep, depthwise))
     same = statistics.mean(a == b for a, b in zip(solo.tokens, served.tokens, strict=True))
     assert same > 0.8, f"only {same:.0%} of the texts are the same"
-    few, many = (depthwise(model, asked, at_once).token_loops for asked in (early, full))
-    mean = model.config.n_loops * few / many  # of prompts' tokens too
+    few, many = (depthwise(model, asked, at_once) for asked in (early, full))
+    mean = n_loops * few.token_loops / many.token_loops  # of prompts' tokens too
     tokens = sum(request.max_tokens for request in early)
-    all_loops = f"all {model.config.n_loops} loops"
-    for batch, (how, asked) in product(BATCHES, ((all_loops, full), ("leaving early", early))):
+    metric = f"seconds for {len(full)} texts, {tokens} tokens, {mean:.2f} of {n_loops} loops in the mean"
+    depthwise_early = partial(depthwise, model, early, at_once)
+    fastest = 0.0
+    for batch, (how, asked) in product(BATCHES, ((f"all {n_loops} loops", full), ("leaving early", early))):
+        found = paired(depthwise_early, partial(lockstep, model, asked, at_once, batch), n=n)
         name = f"lockstep of {batch}, {how}"
-        theirs = partial(lockstep, model, asked, at_once, batch)
-        found = paired(partial(depthwise, model, early, at_once), theirs, n=n)
-        metric = f"seconds for {N_REQUESTS} texts, {tokens} tokens, {mean:.2f} loops in the mean"
-        yield {**common, "metric": metric, **asdict(found), "peer_name": name, "ceiling": None, "utilisation": None}
-    found = paired(partial(depthwise, model, early, at_once), partial(depthwise, model, full, at_once), n=n)
-    cost = partial(flops_per_token, model.config, seq_len=128, training=False, convention="full")
-    limit = cost(n_loops=model.config.n_loops) / at_mean_loops(lambda n_loops: cost(n_loops=n_loops), mean)
-    yield {
-        **common,
-        "metric": "seconds, leaving early",
-        **asdict(found),
-        "peer_name": "the engine, all loops",
-        "ceiling": limit,
-        "utilisation": found.ratio / limit,
-    }
-    yield from latencies(model, early, found.ours, common, n=n)
+        fastest = found.ours
+        yield given.common | _row(metric, asdict(found), name)
+    found = paired(depthwise_early, partial(depthwise, model, full, at_once), n=n)
+    length = round(statistics.mean(len(request.prompt) for request in full))
+    cost = partial(flops_per_token, model.config, seq_len=length, training=False, convention="full")
+    limit = cost(n_loops=n_loops) / at_mean_loops(lambda n_loops: cost(n_loops=n_loops), mean)
+    shares = {"ceiling": limit, "utilisation": found.ratio / limit}
+    yield given.common | _row("seconds, leaving early", asdict(found), "the engine, all loops") | shares
+    yield given.common | _row(
+        "places of ticks in use", {"ours": few.occupancy, "peer": many.occupancy, "n": 1}, "all loops"
+    )
+    yield from latencies(given, early, fastest, n=n)
 
 
-def latencies(
-    model: RecurrentDepthTransformer, asked: Sequence[Request], seconds: float, common: dict[str, Any], *, n: int
-) -> Iterator[dict[str, Any]]:
+def _row(metric: str, found: dict[str, Any], name: str) -> dict[str, Any]:
+    empty = dict.fromkeys(("ratio", "ratio_low", "ratio_high", "ceiling", "utilisation"))
+    return {**empty, "metric": metric, **found, "peer_name": name}
+
+
+def latencies(given: Load, asked: Sequence[Request], seconds: float, *, n: int) -> Iterator[dict[str, Any]]:
     """An open loop: requests come at random, at half the rate that depth-wise batching serves at most."""
     rng = random.Random(SEED)
     at, arrivals = 0.0, []
     for _ in asked:
-        arrivals.append(at := at + rng.expovariate(N_REQUESTS / seconds / 2))
-    sides = [[serve(model, asked, arrivals) for serve in (depthwise, lockstep)] for _ in range(n)]
-    for what, pick in (("first token", lambda s: s.first), ("last token", lambda s: s.last)):
+        arrivals.append(at := at + rng.expovariate(len(asked) / seconds / 2))
+    sides = [[serve(given.model, asked, arrivals) for serve in (depthwise, lockstep)] for _ in range(n)]
+    kinds = {"first token": lambda s: s.first, "last token": lambda s: s.last}
+    for what in kinds if asked[0].max_tokens > 1 else ["last token"]:
         for share in (50, 99):
             quantiles = [
-                [statistics.quantiles(pick(s), n=100, method="inclusive")[share - 1] for s in turn] for turn in sides
+                [statistics.quantiles(kinds[what](s), n=100, method="inclusive")[share - 1] for s in turn]
+                for turn in sides
             ]
-            ratios = sorted(b / a for a, b in quantiles)
-            yield {
-                **common,
-                "metric": f"seconds to the {what}, p{share}",
-                "ours": statistics.median(a for a, _ in quantiles),
-                "peer": statistics.median(b for _, b in quantiles),
-                "peer_name": f"lockstep of {BATCHES[0]}, leaving early",
-                "ratio": statistics.median(ratios),
-                "ratio_low": ratios[0],
-                "ratio_high": ratios[-1],
-                "ceiling": None,
-                "utilisation": None,
-                "n": n,
-            }
+            yield given.common | _row(
+                f"seconds to the {what}, p{share}",
+                _medians(quantiles),
+                f"lockstep of {BATCHES[0]}, leaving early",
+            )
+
+
+def _medians(turns: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Of what both sides had in each turn."""
+    ratios = sorted(b / a for a, b in turns)
+    ours, peer = (statistics.median(side) for side in zip(*turns, strict=True))
+    spread = {"ratio_low": ratios[0], "ratio_high": ratios[-1], "n": len(turns)}
+    return {"ours": ours, "peer": peer, "ratio": statistics.median(ratios), **spread}
+
+
+def drafts(given: Load, *, n: int) -> Iterator[dict[str, Any]]:
+    """One text after another: the same tokens, by few loops that guess and full depth that agrees or not."""
+    model, plain = given.model, given.requests[:8]
+
+    def alone(asked: Sequence[Request]) -> tuple[list[list[int]], float]:
+        engine = Engine(model)
+        tokens = []
+        for request in asked:
+            engine.submit(request)
+            tokens.append([event.token for event in engine.run() if event.token is not None])
+        return tokens, engine.n_agreed / max(engine.n_drafted, 1)
+
+    expected, _ = alone(plain)
+    for draft in DRAFTS:
+        drafted = [replace(request, draft=draft) for request in plain]
+        tokens, agreed = alone(drafted)
+        same = statistics.mean(a == b for a, b in zip(tokens, expected, strict=True))
+        assert same > 0.8, f"only {same:.0%} of the texts are the same"
+        metric = f"seconds, batch 1, {draft.n_loops} loops guess {draft.n_tokens} tokens, {agreed:.0%} agreed with"
+        found = paired(partial(alone, drafted), partial(alone, plain), n=n)
+        yield given.common | _row(metric, asdict(found), "the engine without a draft")
+
+
+def beside_openmythos(*, n: int, n_new: int = 16) -> Iterator[dict[str, Any]]:
+    """Sixteen texts by its `generate`, all loops on both sides."""
+    for attention in ("gqa", "mla"):
+        config = mixture("S1", attention=attention)
+        peer: Any = peers.openmythos(config).eval()
+        model = RecurrentDepthTransformer(config).eval()
+        prompts = torch.randint(VOCAB, (16, 32), generator=torch.Generator().manual_seed(SEED))
+        asked = [Request(prompt=prompt, max_tokens=n_new) for prompt in prompts.tolist()]
+        stop, loops = peers.count_calls(peer.recurrent.block)
+        theirs = partial(torch.inference_mode()(peer.generate), prompts, max_new_tokens=n_new, n_loops=config.n_loops)
+        theirs()
+        stop()
+        assert len(loops) == config.n_loops * n_new, loops
+        found = paired(partial(depthwise, model, asked, [0.0] * len(asked)), theirs, n=n)
+        common = {"bench": "engine", "shape": "S1", "attention": attention, "dtype": "fp32"}
+        yield common | _row(f"seconds for 16 texts of {n_new} tokens", asdict(found), f"{peers.OPENMYTHOS} generate")

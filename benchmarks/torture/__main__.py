@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.torture import damage, disk, kills, power, steps
+from benchmarks.torture import damage, disk, engine, kills, power, steps
 from benchmarks.torture.subject import Row, Subject, prepared
 from ritornello.config import pick
 
@@ -20,6 +20,7 @@ GROUPS: dict[str, Callable[[Subject, float], Iterator[Row]]] = {
     "disk": lambda subject, scale: disk.rows(subject),
     "steps": lambda subject, scale: steps.rows(subject, scale=scale),
     "kills": lambda subject, scale: kills.rows(subject, scale=scale),
+    "engine": lambda subject, scale: engine.rows(scale=scale),
 }
 RESULTS = Path(__file__).parent.parent / "results" / "torture.json"
 

@@ -8,62 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello.config import ExitName, ExitRule, ModelConfig
-from ritornello.engine.engine import Engine, Request
-from ritornello.engine.generate import decode
+from ritornello.config import ExitRule
+from ritornello.engine.engine import Engine
 from ritornello.engine.prefixes import BLOCK
+from ritornello.engine.request import Request
 from ritornello.engine.sampling import Sampling
-from ritornello.model.rdt import RecurrentDepthTransformer
-from tests.model.builders import build, signal, tokens_for
-
-KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and the exit rule
-    "gqa": ({"halting": "none"}, None),
-    "mla": ({"halting": "none", "attention": "mla"}, None),
-    "act": ({"halting": "act", "read_out": "mixture"}, None),
-    "act exits": ({"halting": "act", "read_out": "mixture"}, "cumulative"),
-    "kl": ({"halting": "kl"}, "kl"),
-    "delta, mla": ({"halting": "kl", "attention": "mla"}, "delta"),
-    "gate": ({"halting": "gate"}, "hazard"),
-    "streams": ({"halting": "kl", "carry_streams": 3}, "entropy"),
-    "first": ({"halting": "kl", "kv_sharing": "first"}, "kl"),
-    "noise": ({"halting": "none", "initial_state": "noise", "norm": "sandwich"}, None),
-    "bias by loop": ({"halting": "none", "router_bias_per_loop": True, "positions": "none"}, None),
-    "plain": ({"halting": "none", "layers": (2, 0, 1)}, None),
-    "bare": ({"halting": "none", "layers": (0, 1, 0)}, None),
-}
-
-
-def prompts(config: ModelConfig, n: int, *, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [rng.choices(range(config.vocab_size), k=rng.randint(1, 23)) for _ in range(n)]
-
-
-def alone(model: RecurrentDepthTransformer, request: Request) -> tuple[list[int], list[int]]:
-    """Tokens, and the loops of each, by the slow way."""
-    how: Any = {"n_loops": request.n_loops, "exit": request.exit, "sampling": request.sampling}
-    found = decode(model, [request.prompt], n_new=request.max_tokens, **how)
-    pairs = [(int(token), int(loops)) for token, loops in found]
-    return [token for token, _ in pairs], [loops for _, loops in pairs]
-
-
-def answers(engine: Engine, numbers: list[int]) -> dict[int, tuple[list[int], list[int]]]:
-    found: dict[int, tuple[list[int], list[int]]] = {number: ([], []) for number in numbers}
-    for event in engine.run():
-        if event.token is not None:
-            found[event.number][0].append(event.token)
-            found[event.number][1].append(event.loops)
-    return found
-
-
-def made(kind: str) -> tuple[RecurrentDepthTransformer, ExitRule | None]:
-    """The model of a kind, and a rule by which some of its tokens leave early."""
-    row, name = KINDS[kind]
-    model = build(row, dtype=torch.float64).eval()
-    if name is None:
-        return model, None
-    with torch.no_grad():
-        first, second = model(tokens_for(model.config, 6, 12), n_loops=3, trajectory=True, weigh=True).trajectory[:2]
-        return model, ExitRule(name, float(signal(model, name, first, second).median()), min_loops=1)
+from tests.engine.kinds import KINDS, alone, answers, is_empty, made, prompts
+from tests.model.builders import build
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,8 +30,7 @@ def test_each_request_gets_what_it_gets_alone(kind: str, chunk: int) -> None:
     found = answers(engine, numbers)
     for number, request in zip(numbers, requests, strict=True):
         assert found[number] == alone(model, request)
-    engine.prefixes.clear()
-    assert engine.pages.n_used == 0 and engine.lanes.n_free == engine.lanes.n_lanes
+    assert is_empty(engine)
     deep = [found[number][1] for number, request in zip(numbers, requests, strict=True) if request.n_loops == 4]
     assert (len({loops for used in deep for loops in used}) > 1) == (rule is not None), deep
     other = replace(requests[0], sampling=Sampling(seed=99))
@@ -108,8 +58,7 @@ def test_requests_that_come_and_go(kind: str) -> None:
     for number, request in enumerate(requests):
         expected = alone(model, request)[0]
         assert found[number] == (expected if number not in cancelled else expected[: len(found[number])])
-    engine.prefixes.clear()
-    assert engine.pages.n_used == 0 and engine.lanes.n_free == engine.lanes.n_lanes
+    assert is_empty(engine)
 
 
 @pytest.mark.parametrize("share", [4, 2])
@@ -231,8 +180,7 @@ def test_what_breaks_in_the_middle_changes_no_text(monkeypatch: pytest.MonkeyPat
         assert n_failures
         for number, request in zip(numbers, requests, strict=True):
             assert found[number] == alone(model, request)[0]
-        engine.prefixes.clear()
-        assert engine.pages.n_used == 0 and engine.lanes.n_free == engine.lanes.n_lanes
+        assert is_empty(engine)
 
 
 def test_nobody_starves() -> None:
@@ -409,5 +357,4 @@ def test_soak() -> None:
     single = Engine(model)
     for number in [i for i in range(200) if i not in cancelled]:
         assert answers(single, [again := single.submit(requests[number])])[again][0] == found[number]
-    engine.prefixes.clear()
-    assert engine.pages.n_used == 0 and engine.lanes.n_free == engine.lanes.n_lanes
+    assert is_empty(engine)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
-from ritornello.engine.engine import Engine, Event, Request, is_compiled
+from ritornello.engine.engine import Engine, is_compiled
 from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
+from ritornello.engine.request import Event, Request
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
 from ritornello.model.cache import Cache
 from ritornello.model.halting import check_exit

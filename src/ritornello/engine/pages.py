@@ -95,7 +95,10 @@ class Table:
         self.rows = np.full((layout.n_kinds, n_tokens), NONE, np.int64)
 
     def take(self, layers: list[int], loop: int, tokens: Rows) -> None:
-        """Give these tokens a row in each layer for this loop. Raises FullError, having taken none."""
+        """Give those of these tokens that have none yet a row in each layer for this loop. Raises FullError, having
+        taken none."""
+        if layers:
+            tokens = tokens[self.rows[self.layout.kind(layers[0], loop), tokens] == NONE]
         if loop and layers == self.layout.recurrent and self.layout.shares_first:
             for layer in layers:
                 kind = self.layout.kind(layer, loop)
@@ -115,10 +118,11 @@ class Table:
         """The rows of the first tokens."""
         return self.rows[self.layout.kind(layer, loop), :n_tokens]
 
-    def free(self) -> None:
-        """Hold nothing any more."""
-        self.pages.drop(distinct(self.rows))
-        self.rows.fill(NONE)
+    def forget(self, first: int) -> None:
+        """Hold nothing any more from this token on."""
+        rows = self.rows[:, first:]
+        self.pages.drop(distinct(rows))
+        rows.fill(NONE)
 
 
 def distinct(rows: Rows) -> Rows:

@@ -118,3 +118,12 @@ def _drawn(logits: Tensor, sampling: Sampling, seeds: Tensor, index: Tensor) -> 
     cumulative = shares.cumsum(-1).where(shares > 0, 0)  # no rounding may let a token in that was left out
     reached = cumulative >= threshold.to(shares.dtype) * cumulative.amax(-1, keepdim=True)
     return reached.to(torch.uint8).argmax(-1)  # the first that is reached
+
+
+def likeliest(logits: Tensor, token: int, n: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """The log-probability of the token, and the n likeliest with theirs; nothing if n is None."""
+    if n is None or token == NO_TOKEN:
+        return None, ()
+    shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    best = shares.topk(n)
+    return float(shares[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

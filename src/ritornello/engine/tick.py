@@ -32,34 +32,45 @@ class Segment:
 
 @dataclass(frozen=True)
 class Plan:
-    """Segments that attend together, by number: tokens (g, t) in the row, the longest span, the mask of what they see.
-    It holds as long as these segments run side by side, whatever their loops."""
+    """Tokens that attend together: their places (g, t) in the row; members: for each of the g the number of its segment
+    and how many entries it may see; the longest span of these; the mask. It holds as long as these segments run side
+    by side, whatever their loops."""
 
-    members: list[int]
     tokens: Tensor
+    members: list[tuple[int, int]]
     span: int
     mask: Tensor | None
 
 
-def planned(segments: Sequence[Segment], device: torch.device) -> list[Plan]:
-    """Single tokens of about equal spans together, other segments one by one."""
+def planned(segments: Sequence[Segment], device: torch.device, *, apart: bool = False) -> list[Plan]:
+    """Single tokens of about equal spans together, other segments one by one. apart: each token by itself, over a span
+    that depends on nothing but its own place."""
     ends = np.cumsum([len(s.places) for s in segments])
-    singles: dict[int, list[int]] = {}
+    singles: dict[int, list[tuple[int, int, int]]] = {}  # place in the row, segment, span
     plans = []
     for i, (segment, end) in enumerate(zip(segments, ends, strict=True)):
         n, span = len(segment.places), segment.span
+        first = int(end) - n
         if n == 1:
-            singles.setdefault(-(-span // ALIKE), []).append(i)
-            continue
-        mask = to_device(np.arange(span) <= segment.places[:, None], device)[None, None] if n < span else None
-        plans.append(Plan([i], torch.arange(end - n, end, device=device)[None], span, mask))
-    for members in singles.values():
-        spans = np.array([segments[i].span for i in members])
-        longest = int(spans.max())
-        seen = np.arange(longest) < spans[:, None]
-        mask = None if seen.all() else to_device(seen, device)[:, None, None]
-        plans.append(Plan(members, to_device(ends[members, None] - 1, device), longest, mask))
+            singles.setdefault(-(-span // ALIKE), []).append((first, i, span))
+        elif apart and span > 1:
+            plans += [_side_by_side([(first + k, i, int(p) + 1)], apart, device) for k, p in enumerate(segment.places)]
+        else:
+            mask = to_device(np.arange(span) <= segment.places[:, None], device)[None, None] if n != span else None
+            plans.append(Plan(torch.arange(first, first + n, device=device)[None], [(i, span)], span, mask))
+    for alike in singles.values():
+        plans += [_side_by_side(some, apart, device) for some in ([[each] for each in alike] if apart else [alike])]
     return plans
+
+
+def _side_by_side(some: list[tuple[int, int, int]], apart: bool, device: torch.device) -> Plan:
+    """Single tokens: place in the row, segment and span of each."""
+    spans = np.array([span for _, _, span in some])
+    longest = -(-int(spans.max()) // ALIKE) * ALIKE if apart else int(spans.max())
+    seen = np.arange(longest) < spans[:, None]
+    mask = None if seen.all() and not apart else to_device(seen, device)[:, None, None]
+    tokens = to_device(np.array([[place] for place, _, _ in some]), device)
+    return Plan(tokens, [(i, span) for _, i, span in some], longest, mask)
 
 
 class Tick(KeyValues):
@@ -83,10 +94,10 @@ class Tick(KeyValues):
         """(g, S); where a span is shorter, one of its own that the mask hides: no number is hidden so well that NaN of
         another sequence would not come through."""
         rows = np.empty((len(plan.members), plan.span), np.int64)
-        for row, i in zip(rows, plan.members, strict=True):
+        for row, (i, span) in zip(rows, plan.members, strict=True):
             segment = self.segments[i]
-            row[: segment.span] = segment.table.read(layer, segment.loop, segment.span)
-            row[segment.span :] = row[0]
+            row[:span] = segment.table.read(layer, segment.loop, span)
+            row[span:] = row[0]
         return rows
 
 

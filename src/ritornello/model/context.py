@@ -43,6 +43,7 @@ class Context:
     key: Key | None = None
     capture: Capture | None = None
     some: Subset | None = None  # these are some tokens of a larger batch
+    exact: bool = False  # no token's numbers may depend on which others are here
 
     def select(self, rows: Tensor | slice) -> "Context":
         """The same for some rows of the batch."""

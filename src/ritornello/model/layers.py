@@ -64,7 +64,7 @@ class Layer(nn.Module):
     def _feed_forward(self, y: Tensor, now: Pass) -> tuple[Tensor, Routed | None]:
         if isinstance(self.mlp, FeedForward):
             return self.mlp(y, now.table), None
-        y, routed = self.mlp(y, now.table, [mask for mask in (now.context.real(), now.running) if mask is not None])
+        y, routed = self.mlp(y, now.table, [now.context.real(), now.running], now.context.exact)
         if now.context.capture is not None:
             now.context.capture.add(f"{self.layer}.experts", now.loop, routed.indices)
         return y, routed

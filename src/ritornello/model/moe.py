@@ -77,10 +77,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * config.expert_dim, config.dim))
         self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, exact: bool) -> Tensor:
         """x (N, D), indices and weights (N, k) -> (N, D)."""
-        gate_up = self.gate_up_proj
-        return experts(x.to(gate_up.dtype), gate_up, self.down_proj, indices, weights)
+        return experts(x.to(self.down_proj.dtype), self.gate_up_proj, self.down_proj, indices, weights, exact=exact)
 
 
 class MixtureOfExperts(nn.Module):
@@ -94,10 +93,10 @@ class MixtureOfExperts(nn.Module):
         width = config.n_shared_experts * config.expert_dim
         self.shared_experts = FeedForward(config, width, looped=looped) if width else None
 
-    def forward(self, x: Tensor, table: Loop, masks: list[Tensor]) -> tuple[Tensor, Routed]:
-        """x (B, T, D); masks (B, T or 1) bool: tokens that count in the balance loss."""
+    def forward(self, x: Tensor, table: Loop, masks: list[Tensor | None], exact: bool = False) -> tuple[Tensor, Routed]:
+        """x (B, T, D); masks (B, T or 1) bool: tokens that count in the balance loss; exact: see Context."""
         indices, weights, scores = self.router(x, table)
-        y = self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)).view(x.shape)
+        y = self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1), exact).view(x.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, table)
         balanced = self.training and torch.is_grad_enabled()

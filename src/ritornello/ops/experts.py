@@ -240,8 +240,12 @@ def experts_slotted(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, w
     return _Move.apply(_Linear.apply(hidden, down, slots), slots.collect, slots.spread)
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, exact: bool = False
+) -> Tensor:
     """The right path, by a measured rule (experiments/LOG.md, entries 11, 15 and 16).
+
+    exact: gathered, so that no sum of one token depends on what others chose.
 
     A CPU: slots. A GPU: gathered where most experts idle and no gradient flows, else grouped; slots where the grouped
     kernels do not reach (see GROUPED, and widths that are no multiple of 8). Compiled, where the host cannot know how
@@ -253,7 +257,9 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: 
     suits = x.dtype in GROUPED.get(x.device.type, ()) and x.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
     n_pairs, n_experts, forward_only = indices.numel(), gate_up.shape[0], not torch.is_grad_enabled()
     path = experts_slotted
-    if torch.compiler.is_compiling():
+    if exact:
+        path = experts_gathered
+    elif torch.compiler.is_compiling():
         fused = not suits or (forward_only and n_pairs <= SHARED * n_experts)
         path = experts_fused if fused else experts_grouped
     elif x.device.type == "cuda":

@@ -18,10 +18,10 @@ def limit_groups(choice: Tensor, n_groups: int, n_active: int) -> Tensor:
     return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
 
-def balance_loss(indices: Tensor, scores: Tensor, masks: list[Tensor]) -> Tensor:
+def balance_loss(indices: Tensor, scores: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
     """Sequence-level balance loss (eq. 17-20), 1 at perfect balance, mean over sequences.
 
-    indices (B, T, k): the chosen experts; scores (B, T, E); masks (B, T or 1) bool: of the tokens that count.
+    indices (B, T, k): the chosen experts; scores (B, T, E); masks (B, T or 1) bool: of tokens that count, None: all.
     """
     mask = _counted(scores[..., :1], masks)
     n_tokens = mask.sum(1).clamp(min=1)
@@ -31,7 +31,7 @@ def balance_loss(indices: Tensor, scores: Tensor, masks: list[Tensor]) -> Tensor
     return (frequency * probability).sum(-1).mean()
 
 
-Chosen = tuple[int | Tensor, list[Tensor], list[Tensor]]  # of a pass, see `expert_load`
+Chosen = tuple[int | Tensor, list[Tensor], Sequence[Tensor | None]]  # of a pass, see `expert_load`
 
 
 class Routing:
@@ -43,7 +43,7 @@ class Routing:
 
     def add(self, loop: int | Tensor, chosen: list[Tensor], masks: Sequence[Tensor | None]) -> None:
         """See `expert_load`; a mask that is None keeps all."""
-        self._seen.append((loop, chosen, [mask for mask in masks if mask is not None]))
+        self._seen.append((loop, chosen, masks))
 
     @cached_property
     def load(self) -> Tensor:
@@ -67,9 +67,9 @@ def expert_load(shape: tuple[int, int, int], seen: list[Chosen]) -> Tensor:
     return load.view(shape)
 
 
-def _counted(like: Tensor, masks: list[Tensor]) -> Tensor:
+def _counted(like: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
     """1 for tokens that every mask (B, T or 1) keeps, else 0, in the shape and type of `like` (B, T, ...)."""
     counted = torch.ones_like(like)
     for mask in masks:
-        counted = counted * mask[..., None]
+        counted = counted if mask is None else counted * mask[..., None]
     return counted
