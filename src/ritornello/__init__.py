@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ritornello.config import DataConfig, ExitRule, ModelConfig, Recipe, TrainConfig
-    from ritornello.engine.engine import Engine, Event, Request
+    from ritornello.engine.engine import Engine
     from ritornello.engine.generate import Generation, Loaded, generate, load, stream
     from ritornello.engine.quantize import quantize
+    from ritornello.engine.request import Draft, Event, Request
     from ritornello.engine.sampling import Sampling
     from ritornello.model.cache import Cache
     from ritornello.model.context import Capture
@@ -33,7 +34,8 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 _HOMES = {
     "config": ("DataConfig", "ExitRule", "ModelConfig", "Recipe", "TrainConfig"),
-    "engine.engine": ("Engine", "Event", "Request"),
+    "engine.engine": ("Engine",),
+    "engine.request": ("Draft", "Event", "Request"),
     "engine.generate": ("Generation", "Loaded", "generate", "load", "stream"),
     "engine.quantize": ("quantize",),
     "engine.sampling": ("Sampling",),
