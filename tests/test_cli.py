@@ -137,6 +137,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate run --prompt x --exit kl --exit-threshold -1", "exit threshold = -1.0"),
         ("generate run --prompt x --exit-threshold 1", "used with --exit"),
         ("generate run --prompt x --min-loops 2", "used with --exit"),
+        ("generate run --prompt x --json-schema a.json --regex a", "used without --json-schema"),
+        ("generate run --prompt x --json-schema absent.json", "absent.json: no such file"),
         ("info 2t", "preset = '2t'"),
         ("info 1t --attention mha", "mla"),
         ("doctor --jsn", "did you mean --json?"),
@@ -205,12 +207,26 @@ def test_generate_streams(capsys: pytest.CaptureFixture[str], generator: Backend
         "min_p": 0.1,
         "seed": 8,
         "stop": ("a b", "c"),
+        "constraint": None,
     }
 
 
 def test_generate_forces_the_depth_unless_asked(capsys: pytest.CaptureFixture[str], generator: Backend) -> None:
     assert run(capsys, "generate", "run", "--prompt", "x", "--no-stream") == (0, "ab\n", "")
     assert generator.calls[1][1]["exit"] is None
+
+
+def test_generate_hands_a_constraint_over(
+    capsys: pytest.CaptureFixture[str], generator: Backend, tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text('{"type": "integer"}')
+    arguments = ["generate", "run", "--prompt", "x"]
+    assert run(capsys, *arguments, "--json-schema", str(tmp_path / "schema.json"))[0] == 0
+    assert run(capsys, *arguments, "--regex", "[ab]+")[0] == 0
+    found = [options["constraint"] for _, options in generator.calls if "constraint" in options]
+    assert [(one.json_schema, one.regex) for one in found] == [('{"type": "integer"}', None), (None, "[ab]+")]
+    assert "regex = '('" in one_error(capsys, *arguments, "--regex", "(")
 
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ritornello.commands import INTEGER, REAL, Command, option
 from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+
+if TYPE_CHECKING:
+    from ritornello.engine.constraints import Constraint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class Generate(Command):
     min_p: Annotated[float | None, REAL, option("Drop tokens below N times the likeliest.")] = None
     seed: Annotated[int, INTEGER, option("The same seed writes the same text.")] = 0
     stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="End before this text.")] = ()
+    json_schema: Annotated[Path | None, option("Write JSON that this JSON schema describes.", metavar="FILE")] = None
+    regex: Annotated[str | None, option("Write a text that this pattern matches.", metavar="PATTERN")] = None
     device: Annotated[str, option("auto, cuda, mps or cpu.", metavar="NAME")] = "auto"
     no_stream: Annotated[bool, option("Print when all is written, not as it is.")] = False
 
@@ -37,6 +42,7 @@ class Generate(Command):
         exit_rule = self.exit_rule()
         if self.loops is not None:
             require_int("--loops", self.loops, 1, MAX_LOOPS)
+        constraint = self.constraint()
 
         from ritornello.engine.generate import load, stream
         from ritornello.recipes import find_model
@@ -54,10 +60,23 @@ class Generate(Command):
             min_p=self.min_p,
             seed=self.seed,
             stop=self.stop,
+            constraint=constraint,
         )
         for piece in ["".join(pieces)] if self.no_stream else pieces:
             print(piece, end="", flush=True)
         print()
+
+    def constraint(self) -> "Constraint | None":
+        """What the text is; None: anything."""
+        if self.json_schema is None and self.regex is None:
+            return None
+        require(self.json_schema is None or self.regex is None, "--regex", self.regex, "used without --json-schema")
+
+        from ritornello.engine.constraints import Constraint
+        from ritornello.recipes import read_text
+
+        schema = None if self.json_schema is None else read_text(self.json_schema)
+        return Constraint(json_schema=schema, regex=self.regex)
 
     def exit_rule(self) -> ExitRule | None:
         """None forces the depth."""

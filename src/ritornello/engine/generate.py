@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
+from ritornello.engine.constraints import Constraint
 from ritornello.engine.engine import Engine, is_compiled
 from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
@@ -162,6 +163,7 @@ class Options(TypedDict, total=False):
     n_loops: int | None  # depth of each token, with `exit` the most it may reach; None: the model's own
     exit: ExitRule | None  # lets each token stop early; None: never
     stop: str | Sequence[str]  # the text ends before the first of these
+    constraint: Constraint | None  # what each text is; None: anything
     use_cache: bool  # True; False computes everything anew for each token, to compare with
     temperature: float  # these and those after them: see Sampling
     top_k: int | None
@@ -209,6 +211,7 @@ def _start(
     n_loops: int | None = None,
     exit: ExitRule | None = None,
     stop: str | Sequence[str] = (),
+    constraint: Constraint | None = None,
     use_cache: bool = True,
     **sampling: Any,
 ) -> tuple[list[_Text], Iterator[list[str]]]:
@@ -231,6 +234,8 @@ def _start(
     limit = model.config.max_seq_len
     require(max(lengths) <= limit, "prompt", f"{max(lengths)} tokens", f"at most max_seq_len = {limit}")
     how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "stop": frozenset({tokenizer.eos_id})}
+    if constraint is not None:
+        how["constraint"] = constraint
     asked = [Request(prompt=row, sampling=replace(checked, seed=checked.seed + i), **how) for i, row in enumerate(ids)]
     alone = len(asked) == 1 and not checked.reads_text  # nothing to share a pass with: the shorter way is faster
     if not use_cache or is_compiled(model) or alone:
