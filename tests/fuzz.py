@@ -25,8 +25,11 @@ import torch
 from ritornello import recipes
 from ritornello.commands.runs import megabytes
 from ritornello.config import ModelConfig, Recipe
+from ritornello.engine import batch, prompts
+from ritornello.engine.generate import Loaded
 from ritornello.lab import arms, cell
 from ritornello.lab.tasks import build_task
+from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, runs, shards, tensors
 from ritornello.train.corpus import open_corpus
 from ritornello.train.guard import Guard, NonFiniteError
@@ -34,6 +37,11 @@ from ritornello.train.tokenizer import ByteTokenizer, from_json, train_bpe
 from ritornello.train.trainer import State
 
 TEXTS = ("def f(x):\n    return x", "naïve — 🙂", "", "a b c " * 20)
+ASKED: list[dict[str, object]] = [
+    {"prompt": "a", "id": "x", "max_tokens": 3, "loops": 2, "exit": "kl", "exit_threshold": 0.5, "min_loops": 2},
+    {"prompt": "", "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "seed": 9, "stop": ["a", "b"]},
+    {"prompt": "b", "repetition_penalty": 1.5, "presence_penalty": 1, "logit_bias": {"7": -2.5}, "logprobs": 3},
+]
 Reader = Callable[[bytes], object]
 
 
@@ -115,6 +123,22 @@ def metrics(data: bytes) -> str:
     return " ".join(map(runs.text, found.metrics.values())) + megabytes(found.metrics.get("peak_mb", 0) * 1e6)
 
 
+@functools.cache
+def _loaded() -> Loaded:
+    """A model that could answer, and never does."""
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(ModelConfig(dim=32, ffn="dense", halting="kl"))
+    return Loaded(model, ByteTokenizer(), Recipe())
+
+
+def requests(data: bytes) -> list[str]:
+    return [asked.key for asked in prompts.read(_file("prompts.jsonl", data), _loaded(), {}, "model")]
+
+
+def answers(data: bytes) -> set[str]:
+    return batch.resumed(_file("answers.jsonl", data), {"a": "k", "b": "l"})
+
+
 READERS: dict[str, Reader] = {
     "toml": toml,
     "config": config,
@@ -129,6 +153,8 @@ READERS: dict[str, Reader] = {
     "parquet": functools.partial(corpus, "corpus.parquet"),
     "shards": tokenised,
     "metrics": metrics,
+    "requests": requests,
+    "answers": answers,
 }
 
 
@@ -192,6 +218,10 @@ def seed(reader: str) -> bytes:
         "parquet": _parquet,
         "shards": _shards,
         "metrics": lambda: b'{"step": 1, "loss": 5.5}\n{"step": 2, "loss": 5.25, "peak_mb": 300.5}\n',
+        "requests": lambda: b"".join(json.dumps(row).encode() + b"\n" for row in ASKED),
+        "answers": lambda: (
+            b'{"id": "a", "text": "", "key": "k"}\n{"id": "b", "text": "c", "key": "l"}\n{"id": "c", "te'
+        ),
     }[reader]()
 
 

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,7 +125,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("train r.toml --set name=../x", "without folders"),
         ("train r.toml --set name=..", "without folders"),
         ('train r.toml --set name=""', "without folders"),
-        ("generate run", "--prompt"),
+        ("generate run", "--prompt = None: must be a text; or --input FILE"),
+        ("generate run --prompt x --input a", "--input = 'a': must be used without --prompt"),
+        ("generate run --input a", "--output = None: must be given with --input"),
+        ("generate run --prompt x --output a", "--output = 'a': must be used with --input"),
         ("generate run --prompt", "--prompt"),
         ("train r.toml --device tpu", "device = 'tpu'"),
         ("generate run --prompt x --loops 1e9", "'1e9' is not an integer"),
@@ -227,6 +231,41 @@ def test_generate_hands_a_constraint_over(
     found = [options["constraint"] for _, options in generator.calls if "constraint" in options]
     assert [(one.json_schema, one.regex) for one in found] == [('{"type": "integer"}', None), (None, "[ab]+")]
     assert "regex = '('" in one_error(capsys, *arguments, "--regex", "(")
+
+
+def test_generate_takes_any_prompt(capsys: pytest.CaptureFixture[str], generator: Backend) -> None:
+    for prompt in ("None", ""):
+        assert run(capsys, "generate", "run", "--prompt", prompt) == (0, "ab\n", "")
+        assert generator.calls[-1][0][1] == prompt
+
+
+@pytest.fixture
+def batch(monkeypatch: pytest.MonkeyPatch, generator: Backend) -> Backend:
+    def run_file(*_: Any, observer: Any, **__: Any) -> Counter[str]:
+        observer(1, 3)
+        observer(3, 3)
+        return Counter(length=1, failed=2)
+
+    return Backend(monkeypatch, "ritornello.engine.batch", run_file=run_file)
+
+
+FILES = ("generate", "run", "--input", "a.jsonl", "--output", "b.jsonl")
+
+
+def test_generate_answers_a_file(capsys: pytest.CaptureFixture[str], batch: Backend) -> None:
+    code, out, err = run(capsys, *FILES, "--loops", "4", "--seed", "8")
+    assert (code, out) == (0, "b.jsonl\n")
+    assert err.splitlines()[:2] == ["1/3", "3/3  ETA 0:00:00"] and "2 failed: logits that are not numbers" in err
+    (loaded, *paths), options = batch.calls[0]
+    assert (loaded.model, paths) == ("model", [Path("a.jsonl"), Path("b.jsonl")])
+    assert (options["n_loops"], options["seed"], options["max_tokens"], options["exit"]) == (4, 8, 256, None)
+    assert run(capsys, *FILES, "-q") == (0, "b.jsonl\n", "")
+
+
+def test_an_interrupted_file_goes_on(capsys: pytest.CaptureFixture[str], batch: Backend) -> None:
+    batch.fails = KeyboardInterrupt()
+    said = "ritornello: interrupted; the same command goes on where b.jsonl ends\n"
+    assert run(capsys, *FILES) == (130, "", said)
 
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,10 +425,12 @@ def test_a_whole_run_never_speaks_to_the_network(tmp_path: Path) -> None:
     for i in range(20):
         (texts / f"{i}.txt").write_text(f"{i}: " + "the passage that comes back again and again. " * 20)
     sizes = "train.steps=2 train.batch_size=2 train.eval_batches=1 train.eval_loops=[1] data.seq_len=32".split()
-    out = str(tmp_path / "run")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the"}')
+    out, files = str(tmp_path / "run"), ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     commands = (
         ["train", "tiny", "--out", out, "--set", f"data.source={texts}", *sizes],
         ["generate", out, "--prompt", "the", "--max-tokens", "3"],
+        ["generate", out, *files, "--max-tokens", "3"],
         ["info", "1b", "--json"],
     )
     for args in commands:

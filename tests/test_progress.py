@@ -46,6 +46,20 @@ def test_plain_lines_come_now_and_then_and_at_the_end(capsys: pytest.CaptureFixt
     ]
 
 
+def test_things_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Progress(0, every=10.0, clock=clock) as progress:
+        for done in range(20, 31):
+            progress.count(done, 30)
+            clock.now += 3.0
+    assert capsys.readouterr().err.splitlines() == [
+        "20/30",
+        "24/30  ETA 0:00:18",
+        "28/30  ETA 0:00:06",
+        "30/30  ETA 0:00:00",
+    ]
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(capsys, quiet=True) == []
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ritornello.config import DataConfig, ExitRule, ModelConfig, Recipe, TrainConfig
+    from ritornello.engine.batch import run_file
     from ritornello.engine.constraints import Constraint
     from ritornello.engine.engine import Engine
     from ritornello.engine.generate import Generation, Loaded, generate, load, stream
@@ -35,6 +36,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 _HOMES = {
     "config": ("DataConfig", "ExitRule", "ModelConfig", "Recipe", "TrainConfig"),
+    "engine.batch": ("run_file",),
     "engine.constraints": ("Constraint",),
     "engine.engine": ("Engine",),
     "engine.request": ("Draft", "Event", "Request"),

@@ -72,6 +72,16 @@ class Progress:
         elif self._due():
             self.note(text)
 
+    def count(self, done: int, total: int) -> None:
+        """Report that `done` of `total` things are done, where there are no metrics of them."""
+        self._total = total
+        if self._first is None:
+            self._first = (done, self._clock())
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        elif self._due() or done >= total:
+            self.note("  ".join(filter(None, (f"{done}/{total}", self._eta(done)))))
+
     def note(self, text: str) -> None:
         """A line of text, above the bar where there is one."""
         if self._bar:

@@ -213,3 +213,15 @@ def test_lock_names_the_holder_and_dies_with_it(tmp_path: Path):
         pass
     with files.lock(tmp_path):
         pass
+
+
+def test_a_file_is_held_by_one_beside_it(tmp_path: Path):
+    target = tmp_path / "a"
+    with files.lock_file(target):
+        files.write_atomic(target, b"another file of that name")
+        with pytest.raises(ValueError, match=f"^{target}: in use by process {os.getpid()};"), files.lock_file(target):
+            pass
+        with files.lock_file(tmp_path / "b"):
+            pass
+    with files.lock_file(target):
+        pass

@@ -39,6 +39,13 @@ def _number(kind: Callable[[str], float], name: str) -> PrimitiveConstructorSpec
 
 INTEGER = _number(int, "an integer")
 REAL = _number(float, "a finite number")
+TEXT = PrimitiveConstructorSpec[Any](  # where a plain `str | None` would take the word None for nothing
+    nargs=1,
+    metavar="TEXT",
+    instance_from_str=lambda tokens: tokens[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclass(frozen=True, kw_only=True)

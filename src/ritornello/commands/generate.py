@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ritornello.commands import INTEGER, REAL, Command, option
+from ritornello.commands import INTEGER, REAL, TEXT, Command, option
 from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+from ritornello.progress import Progress
 
 if TYPE_CHECKING:
     from ritornello.engine.constraints import Constraint
@@ -15,13 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Command):
-    """Continue a text with a trained model, at any number of loops."""
+    """Continue a text with a trained model, or every text of a file, at any number of loops."""
 
     path: Annotated[
         Positional[Path],
         arg(metavar="RUN", help="A run, one of its checkpoints, or `python`, a model that comes along."),
     ]
-    prompt: Annotated[str, arg(metavar="TEXT", help="What to continue.")]
+    prompt: Annotated[str | None, TEXT, option("What to continue.")] = None
+    input: Annotated[Path | None, option("Or many requests, one JSON object a line.", metavar="FILE")] = None
+    output: Annotated[Path | None, option("Gets a line for each of them; begun, it goes on.", metavar="FILE")] = None
     loops: Annotated[int | None, INTEGER, option("Depth; with --exit the most it may reach.")] = None
     exit: Annotated[str | None, option("Stop early: hazard, cumulative, kl, delta, entropy.", metavar="RULE")] = None
     exit_threshold: Annotated[float | None, REAL, option("When --exit stops; each rule has its own.")] = None
@@ -42,26 +45,30 @@ class Generate(Command):
         exit_rule = self.exit_rule()
         if self.loops is not None:
             require_int("--loops", self.loops, 1, MAX_LOOPS)
+        self.check_files()
         constraint = self.constraint()
 
         from ritornello.engine.generate import load, stream
         from ritornello.recipes import find_model
 
         loaded = load(find_model(self.path), device=self.device)
-        pieces = stream(
-            loaded,
-            self.prompt,
-            max_tokens=self.max_tokens,
-            n_loops=self.loops,
-            exit=exit_rule,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=self.stop,
-            constraint=constraint,
-        )
+        options: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "n_loops": self.loops,
+            "exit": exit_rule,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "stop": self.stop,
+        }
+        if constraint is not None:
+            options["constraint"] = constraint
+        if self.prompt is None:
+            self.answer(loaded, options)
+            return
+        pieces = stream(loaded, self.prompt, **options)
         for piece in ["".join(pieces)] if self.no_stream else pieces:
             print(piece, end="", flush=True)
         print()
@@ -77,6 +84,29 @@ class Generate(Command):
 
         schema = None if self.json_schema is None else read_text(self.json_schema)
         return Constraint(json_schema=schema, regex=self.regex)
+
+    def answer(self, loaded: Any, options: dict[str, Any]) -> None:
+        """Every line of the file; then say where the answers are."""
+        from ritornello.engine.batch import run_file
+
+        assert self.input is not None and self.output is not None
+        with Progress(0, quiet=self.common.quiet) as progress:
+            try:
+                reasons = run_file(loaded, self.input, self.output, observer=progress.count, **options)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"interrupted; the same command goes on where {self.output} ends") from None
+            if reasons["failed"]:
+                progress.note(f"{reasons['failed']} failed: logits that are not numbers; fewer loops may do")
+        print(self.output)
+
+    def check_files(self) -> None:
+        """One text, or a file and where its answers go."""
+        if self.input is None:
+            require(self.prompt is not None, "--prompt", None, "a text", "or --input FILE answers a whole file")
+            require(self.output is None, "--output", str(self.output), "used with --input FILE")
+            return
+        require(self.prompt is None, "--input", str(self.input), "used without --prompt", "leave one of them out")
+        require(self.output is not None, "--output", None, "given with --input", "--output FILE gets the answers")
 
     def exit_rule(self) -> ExitRule | None:
         """None forces the depth."""

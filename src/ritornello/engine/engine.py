@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, ExitRule, require, require_int
+from ritornello.engine.constraints import Grammars
 from ritornello.engine.lanes import Lanes
 from ritornello.engine.pages import FullError, Layout, Pages, Rows, Table
 from ritornello.engine.prefixes import BLOCK, Prefixes
@@ -82,6 +83,7 @@ class Engine:
         n_loops: the deepest that a request may ask for; default config.n_loops.
         tick_tokens: how many tokens one tick takes through the block; chunk: how many of a prompt enter at once.
         vocab_size: ids from here on are never chosen.
+        grammars: of the tokenizer, for requests with a constraint.
         exact: every pass has tick_tokens tokens, some of them idle, each token attends by itself, and each pair of
             token and expert is multiplied by itself: no sum depends on company, chunks or memory. Slower. Tested on
             CPUs; holds for equal tick_tokens.
@@ -98,6 +100,7 @@ class Engine:
         tick_tokens: int = 256,
         chunk: int = 64,
         vocab_size: int | None = None,
+        grammars: Grammars | None = None,
         exact: bool = False,
     ) -> None:
         require(not is_compiled(model), "model", "compiled", "as `load` gives it")
@@ -110,7 +113,7 @@ class Engine:
         vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
         require_int("vocab_size", vocab_size, 1, model.config.vocab_size)
         self.model, self.chunk, self.tick_tokens, self.vocab_size = model, chunk, tick_tokens, vocab_size
-        self.exact = exact
+        self.grammars, self.exact = grammars, exact
         weight = model.head_weight
         self.device = weight.device
         self.layout = Layout(model.config, n_loops=n_loops)
@@ -171,7 +174,13 @@ class Engine:
         room = min(length + request.max_tokens, limit) - 1  # the last token is never computed with
         needed, have = self.layout.most_rows(room), self.pages.n_free + self.pages.n_used - self.exact
         require(needed <= have, "prompt and max_tokens", f"{room} tokens, {needed} rows", f"at most {have} rows")
-        sequence = Sequence(next(self._numbers), request, n_loops, room)
+        matcher = None
+        if request.constraint is not None:
+            ok = self.grammars is not None and self.grammars.vocab_size == self.vocab_size and not several
+            require(ok, "constraint", request.constraint, "served with grammars of the same vocab_size, and one table")
+            assert self.grammars is not None
+            matcher = self.grammars.start(request.constraint)
+        sequence = Sequence(next(self._numbers), request, n_loops, room, matcher)
         self.waiting.append(sequence)
         return sequence.number
 
@@ -442,6 +451,8 @@ class Engine:
         for i, (sequence, place, _, _) in enumerate(found):
             n, sampling = len(sequence.request.prompt), sequence.request.sampling
             rows[i] = adjusted(rows[i], sampling, sequence.tokens[:n], sequence.tokens[n : place + 1])
+            allowed = self._allowed(sequence, place)
+            rows[i] = rows[i] if allowed is None else rows[i].masked_fill(~allowed, -torch.inf)
             alike[replace(sampling, seed=0)].append(i)
         chosen = [NO_TOKEN] * len(found)
         for sampling, members in alike.items():
@@ -459,6 +470,14 @@ class Engine:
             elif each.place < each.sequence.left and each.sequence in self.running:  # else a guess before it was wrong
                 events.append(self._push(each.sequence, token, row))
         return events
+
+    def _allowed(self, sequence: Sequence, place: int) -> Tensor | None:
+        """(V,) bool: which ids may follow the token at this place; none, where its constraint can't be followed."""
+        try:
+            allowed = sequence.allowed(place)
+        except ValueError:
+            allowed = torch.zeros(self.vocab_size, dtype=torch.bool)
+        return None if allowed is None else allowed.to(self.device)
 
     def _push(self, sequence: Sequence, token: int, logits: Tensor) -> Event:
         """The sequence's next token, which these logits gave."""

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
 from ritornello.device import pick_device
-from ritornello.engine.constraints import Constraint
+from ritornello.engine.constraints import Constraint, Grammars
 from ritornello.engine.engine import Engine, is_compiled
 from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
-from ritornello.engine.request import Event, Request
+from ritornello.engine.request import Draft, Request
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
+from ritornello.engine.text import Text
 from ritornello.model.cache import Cache
 from ritornello.model.halting import check_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, tensors
-from ritornello.train.tokenizer import StreamDecoder, Tokenizer, from_json
+from ritornello.train.tokenizer import Tokenizer, from_json
 
 ROOM = 4  # texts of max_seq_len that the engine has memory for, if so many tokens are asked for
+ENGINE_ONLY = "penalties, biases, constraints, loop_budget and draft"
+UNFOLLOWED = "no token may follow: the constraint has become too complex, or logits are not numbers"
 OVERFLOWED = "logits that are not numbers: the state has overflowed; lower n_loops"
 
 
@@ -116,55 +119,16 @@ def decode(
     return steps()
 
 
-class _Text:
-    """One growing continuation: decodes, watches for stop strings, holds back what may become one."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = StreamDecoder(tokenizer)
-        self.tokens: list[int] = []
-        self.loops: list[int] = []
-        self.text = self.held = ""
-        self.reason = ""
-
-    def push(self, token: int, loops: int) -> str:
-        """Take a token; return the text that is now certain."""
-        if token == self.tokenizer.eos_id:
-            return self.finish("end")
-        self.tokens.append(token)
-        self.loops.append(loops)
-        return self._grow(self.decoder.push([token]), "")
-
-    def finish(self, reason: str) -> str:
-        return self._grow(self.decoder.finish(), reason)
-
-    def _grow(self, new: str, reason: str) -> str:
-        """Of several stop strings the one complete first ends the text, however tokens cut it."""
-        self.held += new
-        found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.held, reason = self.held[: min(found)[1]], "stop"
-        certain = len(self.held) - (0 if reason else self._unsure())
-        piece, self.held, self.reason = self.held[:certain], self.held[certain:], reason
-        self.text += piece
-        return piece
-
-    def _unsure(self) -> int:
-        """Characters at the end that could be the beginning of a stop string."""
-        most = min(len(self.held), max(map(len, self.stop), default=1) - 1)
-        begins = lambda n: any(len(s) > n and s.startswith(self.held[-n:]) for s in self.stop)  # noqa: E731
-        return next(filter(begins, range(most, 0, -1)), 0)
-
-
-class Options(TypedDict, total=False):
-    """What `generate` and `stream` take by keyword."""
+class Wishes(TypedDict, total=False):
+    """What may be asked for a text, whoever writes it."""
 
     max_tokens: int  # 256
     n_loops: int | None  # depth of each token, with `exit` the most it may reach; None: the model's own
     exit: ExitRule | None  # lets each token stop early; None: never
-    stop: str | Sequence[str]  # the text ends before the first of these
+    loop_budget: float | None  # loops of a token in the mean; None: no limit but n_loops
+    draft: Draft | None  # few loops guess, full depth agrees or not: the same text, faster where they are mostly right
     constraint: Constraint | None  # what each text is; None: anything
-    use_cache: bool  # True; False computes everything anew for each token, to compare with
+    stop: str | Sequence[str]  # the text ends before the first of these
     temperature: float  # these and those after them: see Sampling
     top_k: int | None
     top_p: float | None
@@ -174,6 +138,12 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     presence_penalty: float
     logit_bias: tuple[tuple[int, float], ...]
+
+
+class Options(Wishes, total=False):
+    """What `generate` and `stream` take by keyword."""
+
+    use_cache: bool  # True; False computes everything anew for each token, to compare with
 
 
 def stream(loaded: Loaded, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
@@ -203,24 +173,28 @@ def generate(loaded: Loaded, prompts: str | Sequence[str], **options: Unpack[Opt
     return results[0] if isinstance(prompts, str) else results
 
 
-def _start(
+def requests(
     loaded: Loaded,
     prompts: Sequence[str],
     *,
     max_tokens: int = 256,
     n_loops: int | None = None,
     exit: ExitRule | None = None,
-    stop: str | Sequence[str] = (),
+    loop_budget: float | None = None,
+    draft: Draft | None = None,
     constraint: Constraint | None = None,
-    use_cache: bool = True,
+    stop: str | Sequence[str] = (),
+    n_logprobs: int | None = None,
     **sampling: Any,
-) -> tuple[list[_Text], Iterator[list[str]]]:
-    """Check everything now; the iterator then yields, step by step, what each text gained."""
+) -> tuple[list[Request], list[str]]:
+    """What is asked for these texts, row i with seed + i, and the strings that end them: everything is checked."""
     require_int("max_tokens", max_tokens, 1)
     if n_loops is not None:
         require_int("n_loops", n_loops, 1, MAX_LOOPS)
     require(isinstance(loaded, Loaded), "loaded", type(loaded).__name__, "what load(...) returns")
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
+    for token, _ in checked.logit_bias:
+        require_int("logit_bias", token, 0, tokenizer.vocab_size - 1)
     check_exit(model.config, exit)
     if exit is not None:
         deepest = n_loops or model.config.n_loops
@@ -230,36 +204,59 @@ def _start(
     require(all(stops), "stop", stop, "texts, none empty")
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     require(len(ids) > 0, "prompts", prompts, "at least one text")
-    texts, lengths = [_Text(tokenizer, stops) for _ in ids], [len(row) for row in ids]
-    limit = model.config.max_seq_len
-    require(max(lengths) <= limit, "prompt", f"{max(lengths)} tokens", f"at most max_seq_len = {limit}")
-    how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "stop": frozenset({tokenizer.eos_id})}
-    if constraint is not None:
-        how["constraint"] = constraint
-    asked = [Request(prompt=row, sampling=replace(checked, seed=checked.seed + i), **how) for i, row in enumerate(ids)]
-    alone = len(asked) == 1 and not checked.reads_text  # nothing to share a pass with: the shorter way is faster
-    if not use_cache or is_compiled(model) or alone:
+    longest, limit = max(map(len, ids)), model.config.max_seq_len
+    require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
+    how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "n_logprobs": n_logprobs}
+    how |= {"stop": frozenset({tokenizer.eos_id}), "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
+    seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]
+    return [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)], stops
+
+
+def engine_for(loaded: Loaded, *, n_loops: int, n_tokens: int, constrained: bool) -> Engine:
+    """With memory for texts of so many tokens in all, or for ROOM texts of max_seq_len where that is less."""
+    config = loaded.model.config
+    most = max(1, min(n_tokens, ROOM * config.max_seq_len))
+    n_rows = Layout(config, n_loops=n_loops).most_rows(most)
+    grammars = Grammars(loaded.tokenizer) if constrained else None
+    vocab_size = loaded.tokenizer.vocab_size
+    return Engine(loaded.model, n_rows=n_rows, n_loops=n_loops, vocab_size=vocab_size, grammars=grammars)
+
+
+def room(loaded: Loaded, request: Request) -> int:
+    """Tokens of it that are computed with at most: the last is not."""
+    return min(len(request.prompt) + request.max_tokens, loaded.model.config.max_seq_len) - 1
+
+
+def _start(
+    loaded: Loaded, prompts: Sequence[str], *, use_cache: bool = True, **options: Any
+) -> tuple[list[Text], Iterator[list[str]]]:
+    """Check everything now; the iterator then yields, step by step, what each text gained."""
+    asked, stops = requests(loaded, prompts, **options)
+    texts = [Text(loaded.tokenizer, stops) for _ in asked]
+    alone = len(asked) == 1 and not asked[0].needs_engine  # nothing to share a pass with: shorter is faster
+    if not use_cache or is_compiled(loaded.model) or alone:
         return texts, _in_lockstep(loaded, texts, asked, use_cache)
-    return texts, _served(loaded, texts, asked, n_loops or model.config.n_loops)
+    return texts, _served(loaded, texts, asked)
 
 
-def _served(loaded: Loaded, texts: Sequence[_Text], asked: Sequence[Request], n_loops: int) -> Iterator[list[str]]:
+def _served(loaded: Loaded, texts: Sequence[Text], asked: Sequence[Request]) -> Iterator[list[str]]:
     """By the engine: each token as deep as it must."""
-    model, places = loaded.model, {}
-    layout, limit = Layout(model.config, n_loops=n_loops), model.config.max_seq_len
-    rooms = [layout.most_rows(min(len(request.prompt) + request.max_tokens, limit) - 1) for request in asked]
-    n_rows = min(sum(rooms), max(*rooms, layout.most_rows(ROOM * limit)))
-    engine = Engine(model, n_rows=n_rows, n_loops=n_loops, vocab_size=loaded.tokenizer.vocab_size)
+    config, places = loaded.model.config, {}
+    n_tokens = sum(room(loaded, request) for request in asked)
+    constrained, n_loops = asked[0].constraint is not None, asked[0].n_loops or config.n_loops
+    engine = engine_for(loaded, n_loops=n_loops, n_tokens=n_tokens, constrained=constrained)
     for i, request in enumerate(asked):
-        if len(request.prompt) < limit:
+        if len(request.prompt) < config.max_seq_len:
             places[engine.submit(request)] = i
 
     def pieces() -> Iterator[list[str]]:
         while engine.busy:
             new = [""] * len(texts)
             for event in engine.step():
+                if event.reason == "failed":
+                    raise ArithmeticError(UNFOLLOWED if constrained else OVERFLOWED)
                 i = places[event.number]
-                new[i] += _told(texts[i], event)
+                new[i] += texts[i].take(event)
                 if texts[i].reason:
                     engine.cancel(event.number)
             yield new
@@ -268,21 +265,13 @@ def _served(loaded: Loaded, texts: Sequence[_Text], asked: Sequence[Request], n_
     return pieces()
 
 
-def _told(text: _Text, event: Event) -> str:
-    if event.reason == "failed":
-        raise ArithmeticError(OVERFLOWED)
-    if event.token is None:
-        return text.finish("end")
-    return text.push(event.token, event.loops)
-
-
 def _in_lockstep(
-    loaded: Loaded, texts: Sequence[_Text], asked: Sequence[Request], use_cache: bool
+    loaded: Loaded, texts: Sequence[Text], asked: Sequence[Request], use_cache: bool
 ) -> Iterator[list[str]]:
     """All texts take each step together: what a compiled model does best, and the shorter way for one text."""
     lengths, how, runs = [len(request.prompt) for request in asked], asked[0], []
-    allowed = "without penalties and biases for a compiled model or without a cache"
-    require(not how.sampling.reads_text, "sampling", how.sampling, allowed)
+    plain = not how.needs_engine
+    require(plain, "model", "compiled or used without a cache", f"as load gives it, for {ENGINE_ONLY}")
     cramped = min(lengths) < max(lengths) and max(lengths) + how.max_tokens > loaded.model.config.max_seq_len
     size = 1 if cramped else len(asked)  # together, padding would take a shorter text's room
     for first in range(0, len(asked), size):
@@ -301,7 +290,7 @@ def _in_lockstep(
     return chain.from_iterable(runs)
 
 
-def _write(texts: Sequence[_Text], run: Iterator[tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
+def _write(texts: Sequence[Text], run: Iterator[tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
     """Hand each text its tokens until it ends."""
     for chosen, loops in run:
         rows = list(zip(texts, chosen.tolist(), loops.tolist(), strict=True))

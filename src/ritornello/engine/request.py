@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ritornello.config import ExitRule, require, require_float, require_int
+from ritornello.engine.constraints import Constraint
 from ritornello.engine.sampling import Sampling
 
 
@@ -26,8 +27,9 @@ class Draft:
 class Request:
     """prompt: token ids, or tuples of them for a model with several token tables, which gives one answer: max_tokens
     is 1. n_loops: of each token, with `exit` the most it may take; None: the model's own. loop_budget: loops of a
-    written token in the mean; one may take what those before it left, n_loops at most. The text ends before one of
-    the `stop` tokens, or after max_tokens."""
+    written token in the mean; one may take what those before it left, n_loops at most. constraint: what the text is;
+    where it may end, the end of the document is among the tokens. The text ends before one of the `stop` tokens, or
+    after max_tokens."""
 
     prompt: Sequence[Any]
     max_tokens: int = 256
@@ -35,6 +37,7 @@ class Request:
     exit: ExitRule | None = None
     loop_budget: float | None = None
     draft: Draft | None = None
+    constraint: Constraint | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
     n_logprobs: int | None = None  # the token's log-probability comes back, and so many of the likeliest
@@ -49,6 +52,11 @@ class Request:
         if self.draft is not None:
             even = self.exit is None and self.loop_budget is None
             require(even, "draft", self.draft, "without exit and loop_budget: all tokens of a draft go equally deep")
+
+    @property
+    def needs_engine(self) -> bool:
+        """Whether the engine alone can do it."""
+        return self.sampling.reads_text or any((self.constraint, self.loop_budget, self.draft))
 
     @property
     def min_loops(self) -> int:

@@ -3,7 +3,9 @@
 import math
 
 import numpy as np
+from torch import Tensor
 
+from ritornello.engine.constraints import Matcher
 from ritornello.engine.pages import Rows, Table
 from ritornello.engine.prefixes import Prefixes
 from ritornello.engine.request import Request
@@ -26,13 +28,14 @@ class Sequence:
     """Its tokens have entered the loop up to `entered`, passed the coda up to `left`. The first `n_sure` are known, the
     others are a draft: guessed, and not yet agreed with."""
 
-    def __init__(self, number: int, request: Request, n_loops: int, room: int) -> None:
+    def __init__(self, number: int, request: Request, n_loops: int, room: int, matcher: Matcher | None = None) -> None:
         self.number, self.request, self.n_loops, self.room = number, request, n_loops, room
         self.tokens = list(request.prompt)
         self.n_sure = len(self.tokens)
         self.keys = Prefixes.keys(request.prompt, (n_loops, request.exit))
         self.loops = np.zeros(room, np.int64)  # that each token took
         self.depths = np.full(room, n_loops)  # that each may take
+        self.matcher = matcher  # of what is sure
         self.start_over()
 
     def start_over(self) -> None:
@@ -111,6 +114,19 @@ class Sequence:
         places = np.arange(self.left, self.left + n)
         return Flight(places, self.lanes[places])
 
+    def allowed(self, place: int) -> Tensor | None:
+        """(V,) bool: which ids may follow the token at this place; None: any. Raises ValueError where the constraint
+        can't be followed any more."""
+        matcher, guessed = self.matcher, self.tokens[self.n_sure : place + 1]
+        if matcher is not None and guessed:
+            matcher = matcher.copy()
+            try:
+                for token in guessed:
+                    matcher.push(token)
+            except ValueError:  # a text never gets here
+                return None
+        return None if matcher is None else matcher.allowed()
+
     def learn(self, token: int) -> None:
         """The next token that is sure. If a draft guessed another, nothing computed from there on counts."""
         if self.n_drafted and self.tokens[self.n_sure] != token:
@@ -119,4 +135,6 @@ class Sequence:
             self.entered = self.left = self.n_sure
         if self.tokens[self.n_sure : self.n_sure + 1] != [token]:
             self.tokens[self.n_sure :] = [token]
+        if self.matcher is not None:
+            self.matcher.push(token)
         self.n_sure += 1

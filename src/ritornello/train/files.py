@@ -156,14 +156,28 @@ def lock(directory: AnyPath) -> Generator[None, None, None]:
     Raises:
         ValueError: another process holds it; the message names its pid.
     """
-    path = Path(directory, ".lock")
+    with _held(Path(directory, ".lock"), Path(directory)):
+        yield
+
+
+@contextmanager
+def lock_file(path: AnyPath) -> Generator[None, None, None]:
+    """Hold the file `path` as `lock` does a directory, whether it exists or not: by another beside it, since
+    `path` itself may be replaced meanwhile. It stays: whoever removed it might take it from the next holder."""
+    path = Path(path)
+    with _held(path.with_name(f".{path.name}.lock"), path):
+        yield
+
+
+@contextmanager
+def _held(path: Path, what: Path) -> Generator[None, None, None]:
     with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
         try:
             _run("lock", path, fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             remedy = "wait for it, or choose another name"
-            raise ValueError(f"{path.parent}: in use by process {holder}; {remedy}") from error
+            raise ValueError(f"{what}: in use by process {holder}; {remedy}") from error
         os.ftruncate(descriptor, 0)
         _run("write the process id", path, os.write, descriptor, str(os.getpid()).encode())
         yield
