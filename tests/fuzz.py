@@ -25,7 +25,7 @@ import torch
 from ritornello import recipes
 from ritornello.commands.runs import megabytes
 from ritornello.config import ModelConfig, Recipe
-from ritornello.engine import batch, prompts
+from ritornello.engine import batch, calibration, prompts
 from ritornello.engine.generate import Loaded
 from ritornello.lab import arms, cell
 from ritornello.lab.tasks import build_task
@@ -139,6 +139,10 @@ def answers(data: bytes) -> set[str]:
     return batch.resumed(_file("answers.jsonl", data), {"a": "k", "b": "l"})
 
 
+def exit_rule(data: bytes) -> object:
+    return calibration.read(_file("exit.json", data))
+
+
 READERS: dict[str, Reader] = {
     "toml": toml,
     "config": config,
@@ -155,6 +159,7 @@ READERS: dict[str, Reader] = {
     "metrics": metrics,
     "requests": requests,
     "answers": answers,
+    "exit": exit_rule,
 }
 
 
@@ -200,6 +205,22 @@ def _cell() -> bytes:
     return json.dumps({"cell": asdict(made), "trained": asdict(facts)}).encode()
 
 
+def _exit() -> bytes:
+    found = calibration.Calibration(
+        goal=calibration.Goal(rule="kl", n_loops=8),
+        threshold=0.0123,
+        mean_loops=3.25,
+        mean_risk=0.01,
+        p_value=0.04,
+        n_sequences=500,
+        seq_len=128,
+        step=7,
+        weights_sha256="a" * 64,
+        data_fingerprint="b" * 64,
+    )
+    return calibration.save(found, folder()).read_bytes()
+
+
 @functools.cache
 def seed(reader: str) -> bytes:
     """A valid file. The manifest's describes files that are not there."""
@@ -222,6 +243,7 @@ def seed(reader: str) -> bytes:
         "answers": lambda: (
             b'{"id": "a", "text": "", "key": "k"}\n{"id": "b", "text": "c", "key": "l"}\n{"id": "c", "te'
         ),
+        "exit": _exit,
     }[reader]()
 
 

@@ -12,6 +12,7 @@ LIGHT = (
     "ritornello.progress",
     "ritornello.cli",
     *(f"ritornello.commands.{verb}" for verb in ("demo", "train", "generate", "runs", "lab", "info", "doctor")),
+    "ritornello.commands.calibrate",
 )
 
 

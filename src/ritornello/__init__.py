@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ritornello.config import DataConfig, ExitRule, ModelConfig, Recipe, TrainConfig
     from ritornello.engine.batch import run_file
+    from ritornello.engine.calibrate import calibrate
+    from ritornello.engine.calibration import calibrated
     from ritornello.engine.constraints import Constraint
     from ritornello.engine.engine import Engine
     from ritornello.engine.generate import Generation, Loaded, generate, load, stream
@@ -37,6 +39,8 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 _HOMES = {
     "config": ("DataConfig", "ExitRule", "ModelConfig", "Recipe", "TrainConfig"),
     "engine.batch": ("run_file",),
+    "engine.calibrate": ("calibrate",),
+    "engine.calibration": ("calibrated",),
     "engine.constraints": ("Constraint",),
     "engine.engine": ("Engine",),
     "engine.request": ("Draft", "Event", "Request"),

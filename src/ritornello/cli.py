@@ -27,6 +27,7 @@ VERBS = {
     "demo": ("Demo", "train a small model in minutes and show what depth is worth"),
     "train": ("Train", "train a model as a recipe says"),
     "generate": ("Generate", "continue a text with a trained model"),
+    "calibrate": ("Calibrate", "find an exit threshold that keeps a stated risk"),
     "runs": ("Runs", "list, compare and remove runs"),
     "lab": ("Lab", "test the claims: loops, depth, stability, halting"),
     "info": ("Info", "what a preset costs: parameters, FLOPs, cache"),

@@ -22,6 +22,7 @@ LoraTarget = Literal["q", "o", "ffn"]
 KvSharing = Literal["per_loop", "first"]
 CachePolicy = Literal["per_loop", "last", "first"]
 ExitName = Literal["hazard", "cumulative", "kl", "delta", "entropy"]
+Measure = Literal["disagreement", "loss"]  # of what an exit risks
 
 Entry = TypeVar("Entry")
 

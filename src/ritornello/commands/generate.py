@@ -13,6 +13,8 @@ from ritornello.progress import Progress
 if TYPE_CHECKING:
     from ritornello.engine.constraints import Constraint
 
+CALIBRATED = "calibrated"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Command):
@@ -26,9 +28,15 @@ class Generate(Command):
     input: Annotated[Path | None, option("Or many requests, one JSON object a line.", metavar="FILE")] = None
     output: Annotated[Path | None, option("Gets a line for each of them; begun, it goes on.", metavar="FILE")] = None
     loops: Annotated[int | None, INTEGER, option("Depth; with --exit the most it may reach.")] = None
-    exit: Annotated[str | None, option("Stop early: hazard, cumulative, kl, delta, entropy.", metavar="RULE")] = None
+    exit: Annotated[
+        str | None,
+        option("Stop early: hazard, cumulative, kl, delta, entropy; or calibrated, as was found.", metavar="RULE"),
+    ] = None
     exit_threshold: Annotated[float | None, REAL, option("When --exit stops; each rule has its own.")] = None
     min_loops: Annotated[int, INTEGER, option("--exit never stops before.")] = 1
+    loop_budget: Annotated[float | None, REAL, option("Loops of a token in the mean, at most.")] = None
+    draft_loops: Annotated[int | None, INTEGER, option("So many loops guess, all agree or not: the same text.")] = None
+    draft_tokens: Annotated[int, INTEGER, option("Tokens to guess at a time.")] = 4
     max_tokens: Annotated[int, INTEGER, option("Tokens to write at most.")] = 256
     temperature: Annotated[float, REAL, option("0 always takes the likeliest token.")] = 0.8
     top_k: Annotated[int | None, INTEGER, option("Sample from the N likeliest tokens.")] = None
@@ -51,11 +59,18 @@ class Generate(Command):
         from ritornello.engine.generate import load, stream
         from ritornello.recipes import find_model
 
-        loaded = load(find_model(self.path), device=self.device)
+        loaded, n_loops = load(find_model(self.path), device=self.device), self.loops
+        if self.exit == CALIBRATED:
+            from ritornello.engine.calibration import calibration_of
+
+            found = calibration_of(loaded)
+            exit_rule, n_loops = found.exit, found.goal.n_loops
+            require(self.loops in (None, n_loops), "--loops", self.loops, f"{n_loops}, which the calibration is for")
         options: dict[str, Any] = {
             "max_tokens": self.max_tokens,
-            "n_loops": self.loops,
+            "n_loops": n_loops,
             "exit": exit_rule,
+            "loop_budget": self.loop_budget,
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
@@ -65,6 +80,10 @@ class Generate(Command):
         }
         if constraint is not None:
             options["constraint"] = constraint
+        if self.draft_loops is not None:
+            from ritornello.engine.request import Draft
+
+            options["draft"] = Draft(n_loops=self.draft_loops, n_tokens=self.draft_tokens)
         if self.prompt is None:
             self.answer(loaded, options)
             return
@@ -109,12 +128,12 @@ class Generate(Command):
         require(self.output is not None, "--output", None, "given with --input", "--output FILE gets the answers")
 
     def exit_rule(self) -> ExitRule | None:
-        """None forces the depth."""
-        if self.exit is None:
+        """None forces the depth, or leaves the rule to a calibration."""
+        if self.exit in (None, CALIBRATED):
             require(self.min_loops == 1, "--min-loops", self.min_loops, "used with --exit RULE")
             require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, "used with --exit RULE")
             return None
-        require_choice("--exit", self.exit, get_args(ExitName))
+        require_choice("--exit", self.exit, (*get_args(ExitName), CALIBRATED))
         rule: ExitName = self.exit  # type: ignore[assignment]
         threshold = DEFAULT_THRESHOLDS[rule] if self.exit_threshold is None else self.exit_threshold
         return ExitRule(rule, threshold, self.min_loops)

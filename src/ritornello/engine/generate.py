@@ -32,11 +32,14 @@ OVERFLOWED = "logits that are not numbers: the state has overflowed; lower n_loo
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with all that its text needs."""
+    """A trained model with all that its text needs; the run or checkpoint it was read from, and what that one says of
+    its weights, where they are exact."""
 
     model: RecurrentDepthTransformer
     tokenizer: Tokenizer
     recipe: Recipe
+    path: Path | None = None
+    manifest: checkpoint.Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def load(path: str | Path, *, device: str = "auto", weights: Weights | None = No
     model.eval().to(target)
     if weights is not None:
         quantize(model, weights)
-    return Loaded(model, tokenizer, found.recipe)
+    return Loaded(model, tokenizer, found.recipe, Path(path), found.manifest if weights is None else None)
 
 
 def decode(
