@@ -19,6 +19,7 @@ import torch
 from ritornello import cli, recipes
 from ritornello.config import ExitRule, Recipe
 from ritornello.device import fallbacks, pick_device
+from ritornello.engine.request import Draft
 
 
 class Backend:
@@ -193,7 +194,7 @@ def test_a_used_directory_needs_resume(capsys: pytest.CaptureFixture[str], train
 
 
 def test_generate_streams(capsys: pytest.CaptureFixture[str], generator: Backend) -> None:
-    depth = "--loops 4 --exit kl --min-loops 2 --device cpu".split()
+    depth = "--loops 4 --exit kl --min-loops 2 --device cpu --loop-budget 3.5 --draft-loops 2 --draft-tokens 3".split()
     sampling = "--max-tokens 5 --temperature 0 --top-k 3 --top-p .9 --min-p .1 --seed 8".split()
     stops = ["--stop", "a b", "--stop", "c"]
     code, out, err = run(capsys, "generate", "run", "--prompt=--x", *depth, *sampling, *stops)
@@ -205,6 +206,8 @@ def test_generate_streams(capsys: pytest.CaptureFixture[str], generator: Backend
         "max_tokens": 5,
         "n_loops": 4,
         "exit": ExitRule("kl", 0.01, 2),
+        "loop_budget": 3.5,
+        "draft": Draft(n_loops=2, n_tokens=3),
         "temperature": 0.0,
         "top_k": 3,
         "top_p": 0.9,

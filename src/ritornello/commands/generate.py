@@ -77,9 +77,8 @@ class Generate(Command):
             "min_p": self.min_p,
             "seed": self.seed,
             "stop": self.stop,
+            "constraint": constraint,
         }
-        if constraint is not None:
-            options["constraint"] = constraint
         if self.draft_loops is not None:
             from ritornello.engine.request import Draft
 

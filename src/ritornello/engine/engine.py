@@ -66,8 +66,8 @@ class _Found(NamedTuple):
     guess: bool
 
     @property
-    def index(self) -> int:
-        """Which token of the text the next one is."""
+    def n_before(self) -> int:
+        """Tokens of the text before the next one."""
         return self.place + 1 - len(self.sequence.request.prompt)
 
 
@@ -457,9 +457,7 @@ class Engine:
         chosen = [NO_TOKEN] * len(found)
         for sampling, members in alike.items():
             seeds = self._tensor(np.array([found[i].sequence.request.sampling.seed for i in members]))
-            index = self._tensor(
-                np.array([found[i].place + 1 - len(found[i].sequence.request.prompt) for i in members])
-            )
+            index = self._tensor(np.array([found[i].n_before for i in members]))
             tokens = draw(torch.stack([rows[i] for i in members]), sampling, seeds, index)
             for i, token in zip(members, tokens.tolist(), strict=True):
                 chosen[i] = token
