@@ -34,7 +34,7 @@ BATCHES = 16, 64  # texts in lockstep
 N_REQUESTS = 64
 RULE = ExitRule("hazard", 0.9)
 PROBLEMS = "chains", "chains-moe"  # the lab's models
-DRAFTS = Draft(n_loops=2, n_tokens=2), Draft(n_loops=3, n_tokens=3), Draft(n_loops=4, n_tokens=4)
+DRAFTS = Draft(n_loops=1, n_tokens=2), Draft(n_loops=2, n_tokens=3), Draft(n_loops=4, n_tokens=4)
 SEED = 0
 GREEDY = Sampling(temperature=0)
 Serve = Callable[[RecurrentDepthTransformer, Sequence[Request], Sequence[float]], "Served"]

@@ -61,7 +61,10 @@ def test_paths_equal_the_definition(path: Callable, load: str) -> None:
     ("n", "gradients", "dtype", "wanted"),
     [
         (64, True, torch.float32, "experts_slotted"),
-        (1, False, torch.float32, "experts_slotted"),
+        (4096, False, torch.float32, "experts_slotted"),
+        (1, False, torch.float32, "experts_gathered"),
+        (1, True, torch.float32, "experts_slotted"),
+        (1, False, torch.bfloat16, "experts_slotted"),
         (64, True, torch.float64, "experts_slotted"),
     ],
 )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+COPIED = 2_000_000  # bytes of weights, up to which a CPU copies those of each pair rather than count slots
 FEW = 12  # experts for each pair of token and choice, above which a GPU copies the weights of each pair
 SHARED = 2  # pairs for each expert, up to which a compiled path reads weights for every pair
 PADDED = 0.75, 48.0  # pairs for each expert, between which a padded batched product beats a product for each expert
@@ -243,13 +244,13 @@ def experts_slotted(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, w
 def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *, exact: bool = False
 ) -> Tensor:
-    """The right path, by a measured rule (experiments/LOG.md, entries 11, 15 and 16).
+    """The right path, by a measured rule (experiments/LOG.md, entries 11, 15, 16 and 19).
 
-    exact: gathered, so that no sum of one token depends on what others chose.
-
-    A CPU: slots. A GPU: gathered where most experts idle and no gradient flows, else grouped; slots where the grouped
-    kernels do not reach (see GROUPED, and widths that are no multiple of 8). Compiled, where the host cannot know how
-    many pairs an expert has: grouped; fused up to SHARED pairs an expert, or where the grouped kernels do not reach.
+    exact: gathered, so that no sum of one token depends on what others chose. A CPU: slots, or gathered where that
+    copies little and no gradient flows. A GPU: gathered where most experts idle and no gradient flows, else grouped;
+    slots where the grouped kernels do not reach (see GROUPED, and widths that are no multiple of 8). Compiled, where
+    the host cannot know how many pairs an expert has: grouped; fused up to SHARED pairs an expert, or where the grouped
+    kernels do not reach.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -262,6 +263,10 @@ def experts(
     elif torch.compiler.is_compiling():
         fused = not suits or (forward_only and n_pairs <= SHARED * n_experts)
         path = experts_fused if fused else experts_grouped
+    elif x.device.type == "cpu":
+        copied = n_pairs * (gate_up[0].nbytes + down[0].nbytes)
+        if forward_only and copied <= COPIED and x.dtype.itemsize >= 4:
+            path = experts_gathered
     elif x.device.type == "cuda":
         if forward_only and n_pairs * FEW <= n_experts:
             path = experts_gathered
