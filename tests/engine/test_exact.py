@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.torture import engine as soak
 from ritornello.engine.engine import EXACT, Engine
 from ritornello.engine.request import Event, Request
 from ritornello.engine.sampling import Sampling
@@ -63,3 +64,9 @@ def test_a_long_prompt() -> None:
         served(model, [*others, request], exact=True, chunk=32)[0][3]
         == served(model, [request], exact=True, chunk=7)[0][0]
     )
+
+
+def test_a_soak() -> None:
+    """Requests of every kind at random moments, some cancelled, memory for a fraction of them; 10,000 in benchmarks."""
+    (found,) = soak.rows(scale=0.02)
+    assert found["trials"] == 200 and not found["failures"], found["note"]
