@@ -36,6 +36,7 @@ RULE = ExitRule("hazard", 0.9)
 PROBLEMS = "chains", "chains-moe"  # the lab's models
 DRAFTS = Draft(n_loops=1, n_tokens=2), Draft(n_loops=2, n_tokens=3), Draft(n_loops=4, n_tokens=4)
 SEED = 0
+TICK = 1024  # tokens
 GREEDY = Sampling(temperature=0)
 Serve = Callable[[RecurrentDepthTransformer, Sequence[Request], Sequence[float]], "Served"]
 
@@ -110,7 +111,8 @@ def lockstep(
             continue
         how: Any = {name: getattr(asked[ready[0]], name) for name in ("n_loops", "exit", "sampling")}
         longest = max(asked[i].max_tokens for i in ready)
-        for tokens, _ in decode(model, [asked[i].prompt for i in ready], n_new=longest, use_cache=longest > 1, **how):
+        steps = decode(model, [asked[i].prompt for i in ready], n_new=longest, use_cache=longest > 1, **how)
+        for _, (tokens, _) in zip(range(longest), steps, strict=False):
             at = time.perf_counter() - begun
             for i, token in zip(ready, tokens.tolist(), strict=True):
                 if len(found.tokens[i]) < asked[i].max_tokens:
@@ -123,7 +125,7 @@ def depthwise(model: RecurrentDepthTransformer, asked: Sequence[Request], arriva
     n_loops = asked[0].n_loops or model.config.n_loops
     rows = Layout(model.config, n_loops=n_loops).most_rows
     n_rows = sum(rows(len(request.prompt) + request.max_tokens) for request in asked)
-    engine = Engine(model, tick_tokens=256, chunk=64, n_rows=n_rows, n_loops=n_loops)
+    engine = Engine(model, tick_tokens=TICK, chunk=64, n_rows=n_rows, n_loops=n_loops)
     n, begun, come, found = len(asked), time.perf_counter(), 0, Served.of(len(asked))
     while come < n or engine.busy:
         while come < n and arrivals[come] <= time.perf_counter() - begun:
@@ -133,7 +135,7 @@ def depthwise(model: RecurrentDepthTransformer, asked: Sequence[Request], arriva
         for event in engine.step():
             assert event.token is not None
             found.add(event.number, event.token, time.perf_counter() - begun - arrivals[event.number])
-    found.token_loops, found.occupancy = engine.n_token_loops, engine.n_token_loops / engine.n_ticks / 256
+    found.token_loops, found.occupancy = engine.n_token_loops, engine.n_token_loops / engine.n_ticks / TICK
     return found
 
 

@@ -234,6 +234,8 @@ class Engine:
         full = False
         for sequence in [*sorted(self.running, key=lambda s: not s.decodes), *self.waiting]:
             n = min(self.chunk, len(sequence.tokens) - sequence.entered, room)
+            if not room and sequence.n_drafted:
+                sequence.cut_draft()
             if n <= 0 or (sequence.flights and sequence.flights[-1].loop == 0):
                 continue
             if sequence.table is None:

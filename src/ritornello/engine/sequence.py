@@ -44,6 +44,7 @@ class Sequence:
         self.flights: list[Flight] = []
         self.entered = self.left = 0
         self.lanes = np.full(self.room, -1, np.int64)  # of tokens that have left the loop
+        self.cut_short = False  # the draft, which guesses no more
         del self.tokens[self.n_sure :]
 
     @property
@@ -75,7 +76,8 @@ class Sequence:
     def _n_missing(self) -> int:
         """How many more tokens this draft guesses."""
         assert self.request.draft is not None
-        return min(self.request.draft.n_tokens, self.room - self.n_sure) - self.n_drafted
+        most = min(self.request.draft.n_tokens, self.room - self.n_sure)
+        return 0 if self.cut_short else most - self.n_drafted
 
     @property
     def _is_complete(self) -> bool:
@@ -99,6 +101,12 @@ class Sequence:
         """Whether these tokens of a draft stay where they are until it is complete."""
         draft = self.request.draft
         return draft is not None and self.drafts and flight.loop == draft.n_loops and not self._is_complete
+
+    def cut_draft(self) -> None:
+        """There is no lane for a token of it: it goes on with those that have one, or nothing would move where all
+        lanes are held by drafts that wait."""
+        del self.tokens[max(self.entered, self.n_sure) :]
+        self.cut_short = True
 
     def join(self) -> None:
         """A draft that is complete runs on as one."""
@@ -138,3 +146,4 @@ class Sequence:
         if self.matcher is not None:
             self.matcher.push(token)
         self.n_sure += 1
+        self.cut_short = self.cut_short and self.n_drafted > 0
