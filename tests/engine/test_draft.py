@@ -63,22 +63,22 @@ def test_in_company_and_with_little_memory_bit_for_bit() -> None:
         assert answers(solo, [number])[number][0] == tokens
 
 
-def test_drafts_that_hold_every_lane() -> None:
-    """Each waits for one more lane: they go on with what they have."""
+def test_drafts_that_take_all_room() -> None:
+    """Each waits for one more token: they go on with what they have."""
     model, _ = made("gqa")
-    draft = Draft(n_loops=3, n_tokens=6)
+    draft = Draft(n_loops=2, n_tokens=6)
     requests = [
         Request(prompt=[i % 30], max_tokens=20, n_loops=4, draft=draft, sampling=Sampling(seed=i)) for i in range(40)
     ]
     engine = Engine(model, chunk=8, tick_tokens=8, n_rows=10**4)
     numbers = [engine.submit(request) for request in requests]
     found: dict[int, list[int]] = {number: [] for number in numbers}
-    fewest = engine.lanes.n_free
+    cut = False
     while engine.busy and engine.n_ticks < 20_000:
         for event in engine.step():
             found[event.number] += [] if event.token is None else [event.token]
-        fewest = min(fewest, engine.lanes.n_free)
-    assert fewest == 0 and not engine.busy and is_empty(engine)
+        cut = cut or any(sequence.cut_short for sequence in engine.running)
+    assert cut and not engine.busy and is_empty(engine)
     for request, tokens in zip(requests[::9], list(found.values())[::9], strict=True):
         assert alone(model, replace(request, draft=None))[0] == tokens
 
@@ -155,7 +155,8 @@ def test_a_guess_that_is_no_number() -> None:
     expected, real = alone(model, replace(request, draft=None))[0], model.logits
     engine = Engine(model)
     number = engine.submit(request)
-    model.logits = lambda hidden: real(hidden) * (torch.nan if engine.running[0].guesses() else 1)  # type: ignore
+    spoilt = lambda: torch.nan if engine._guessing(engine.running[0]) else 1  # noqa: E731
+    model.logits = lambda hidden: real(hidden) * spoilt()  # type: ignore
     assert answers(engine, [number])[number][0] == expected and engine.n_drafted
     model.logits = lambda hidden: real(hidden) * torch.nan  # type: ignore
     engine.submit(request)
@@ -198,15 +199,15 @@ def test_a_budget_in_loops_per_token(budget: float) -> None:
         for i, p in enumerate(prompts(model.config, 6))
     ]
     full = [replace(request, loop_budget=None) for request in requests]
-    rows = Engine(model).layout.most_rows(80)
+    rows = Engine(model).layout.most_rows(45)
     engine = Engine(model, chunk=5, tick_tokens=16, n_rows=rows)
     numbers = [engine.submit(request) for request in requests]
     found = answers(engine, numbers)
-    assert engine.n_preempted > 0 or budget < 2
+    assert engine.n_preempted > 0 or budget < 4
     for number, request in zip(numbers, requests, strict=True):
         solo = Engine(model, chunk=3)
         assert answers(solo, [solo.submit(request)])[0] == found[number]
-        loops = found[number][1][1:]  # the first comes from the prompt's last token
+        loops = found[number][1]
         assert all(sum(loops[: i + 1]) <= budget * (i + 1) for i in range(len(loops)))
     generous = [alone(model, request) for request in full]
     assert (list(found.values()) == generous) == (budget == 4.0)

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.config import MAX_LOOPS, ExitRule, require, require_int
+from ritornello.config import MAX_LOOPS, require, require_int
 from ritornello.engine.constraints import Grammars
 from ritornello.engine.lanes import Lanes
-from ritornello.engine.pages import FullError, Layout, Pages, Rows, Table
+from ritornello.engine.pages import NONE, FullError, Layout, Pages, Rows, Tables
 from ritornello.engine.prefixes import BLOCK, Prefixes
 from ritornello.engine.request import Event, Request, Stats
 from ritornello.engine.sampling import NO_TOKEN, Sampling, adjusted, draw, likeliest
-from ritornello.engine.sequence import Flight, Sequence
-from ritornello.engine.tick import Plan, Segment, Tick, planned, to_device
+from ritornello.engine.sequence import RULES, Sequence
+from ritornello.engine.tick import Plan, Tick, planned, to_device
+from ritornello.engine.tokens import NOBODY, Part, Tokens
 from ritornello.model.carry import initial_state
 from ritornello.model.context import Context
 from ritornello.model.halting import Signals, check_exit
@@ -37,8 +38,8 @@ class _Rules:
     """Exit rules of one kind, thresholds and least loops of each token (1, n)."""
 
     rule: str
-    threshold: Tensor
-    min_loops: Tensor
+    threshold: Any = None
+    min_loops: Any = None
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,10 @@ class _Together:
     """What tokens that run side by side share, whatever their loops: it is made once and serves until one of them
     leaves or another joins."""
 
-    members: list[tuple[Sequence, Flight]]
-    flights: list[tuple[Flight, int]]  # without what fills the pass up
+    tokens: Tokens
     lanes: Tensor
     context: Context
     plans: list[Plan]
-
-    def runs_again(self, chosen: list[tuple[Sequence, Flight]]) -> bool:
-        return self.flights == [(flight, len(flight.places)) for _, flight in chosen]
 
 
 class _Found(NamedTuple):
@@ -120,20 +117,21 @@ class Engine:
         n_rows = self.layout.most_rows(4 * model.config.max_seq_len) if n_rows is None else n_rows
         require_int("n_rows", n_rows, 1)
         self.pages = Pages(n_rows + exact, model.config.kv_width, dtype=weight.dtype, device=self.device)
+        self.tables = Tables(self.layout, self.pages)
         self.prefixes = Prefixes(self.pages)
         self.lanes = Lanes(4 * tick_tokens + exact)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.active = NOBODY  # tokens in the loop
+        self._arrivals: set[int] = set()  # slots where some may have left it
         self._before: _Together | None = None  # of the tick before this one
         self.n_ticks = self.n_token_loops = self.n_preempted = self.n_drafted = self.n_agreed = 0
         self._numbers = iter(range(1 << 62))
-        self._idle: Sequence | None = None
+        self._idle: Tokens | None = None
         if exact:
-            token: Any = 0 if model.config.n_token_tables == 1 else (0,) * model.config.n_token_tables
-            self._idle = Sequence(-1, Request(prompt=[token], max_tokens=1), 1, 1)
-            self._idle.table = Table(self.layout, self.pages, 1)
-            self._idle.table.rows[:] = self.pages.take(1)
-            self._idle.lanes[:] = self.lanes.take(1)
+            slot = self.tables.open(1)
+            self.tables.rows[slot, :, 0] = self.pages.take(1)
+            self._idle = Tokens.made([Part(slot, np.zeros(1, np.int64), 1)], self.lanes.take(1))
 
     def submit(self, request: Request) -> int:
         """Returns the request's number.
@@ -228,72 +226,85 @@ class Engine:
             raise
 
     def _enter(self) -> None:
-        """One chunk of each sequence, where the one before has left loop 0; those that decode come first."""
-        entering: list[tuple[Sequence, Flight]] = []
-        room = min(self.tick_tokens, self.lanes.n_free)
-        full = False
-        for sequence in [*sorted(self.running, key=lambda s: not s.decodes), *self.waiting]:
+        """One chunk of each sequence; those that decode come first. No more are in the loop than a tick takes."""
+        room = min(self.tick_tokens - len(self.active), self.lanes.n_free)
+        words: list[Any] = []
+        parts: list[Part] = []
+
+        def enter(sequence: Sequence) -> int:
             n = min(self.chunk, len(sequence.tokens) - sequence.entered, room)
-            if not room and sequence.n_drafted:
+            if n > 0:
+                assert sequence.slot is not None
+                words.extend(sequence.tokens[sequence.entered : sequence.entered + n])
+                parts.append(Part(sequence.slot, *sequence.enter(n), sequence.rule))
+            return n
+
+        for sequence in sorted(self.running, key=lambda s: not s.decodes):
+            if not room and sequence.n_guessed:
                 sequence.cut_draft()
-            if n <= 0 or (sequence.flights and sequence.flights[-1].loop == 0):
-                continue
-            if sequence.table is None:
-                full = full or not self._has_room(sequence)  # nobody overtakes one for whom there is none
-                if full or not self._begin(sequence):
-                    continue
-                n = min(n, len(sequence.tokens) - sequence.entered)
-            places = np.arange(sequence.entered, sequence.entered + n)
-            if not self._take(sequence, self.layout.prelude, 0, places):
-                continue
-            room -= n
-            entering.append((sequence, sequence.enter(self.lanes.take(n))))
-            if sequence in self.waiting:
-                self.waiting.remove(sequence)
-                self.running.append(sequence)
-        entering = [(s, f) for s, f in entering if f in s.flights]
-        if not entering:
+            room -= enter(sequence)
+        for sequence in self._beginning(room):
+            room -= enter(sequence)
+        if not parts:
             return
-        entering = self._filled(entering)
-        tokens = [s.tokens[place] for s, f in entering for place in f.places]
-        x = self.model.embed(self._tensor(np.array(tokens))[None])
-        together = self._together(entering, x)
-        lanes, context = together.lanes, together.context
-        e = self.model.prelude(x, context, self._tick(together))
-        if self.model.config.is_plain:
-            self.lanes.put("out", lanes, e)
-            self._sort_out(entering, np.ones(len(tokens), np.bool_))
-            return
-        h = initial_state(self.model.config.initial_state, e, context)
-        self.lanes.put("h", lanes, self.model.carry.expand(h))
-        self.lanes.put("e", lanes, e)
-        rules = [s.request.exit for s, _ in entering]
-        reading = next((rule for rule in rules if self.model.halting.reads_predictions(rule)), None)
-        if self._halts or any(rules):
-            self.lanes.put_halt(lanes, self.model.halting.start(h, self.model._predict(h, reading), None))
+        new, ids = Tokens.made(parts, self.lanes.take(len(words))), np.array(words)
+        self.active = Tokens.joined([self.active, new])
+        kept = self._take(self.layout.prelude, new)
+        if len(kept) < len(new):
+            ids = ids[np.isin(new.slot, kept.slot)]
+        if len(kept):
+            self._prelude(kept, ids)
 
-    def _begin(self, sequence: Sequence) -> bool:
-        """Let a waiting sequence begin, with what is known of its prompt; not yet, where another computes more of that
-        now."""
-        keys = sequence.keys[: (len(sequence.tokens) - 1) // BLOCK]  # the last token has to run
-        known = self.prefixes.known(keys)
-        end = (known + 1) * BLOCK
-        if known < len(keys) and any(s.left < end and keys[known] in s.keys for s in self.running):
-            return False
-        sequence.table = Table(self.layout, self.pages, sequence.room)
-        sequence.entered = sequence.left = self.prefixes.give(keys, sequence.table)
-        return True
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether rows are there for its tokens and one more, beside those that others under way still take; or nobody
-        else is."""
+    def _beginning(self, room: int) -> Iterator[Sequence]:
+        """Sequences that begin now, while there is room; nobody overtakes one for whom there are no rows."""
         coming = sum(len(s.tokens) + 1 - s.left for s in self.running)
-        needed = self.layout.most_rows(coming + len(sequence.tokens) + 1)
+        computing = {key for s in self.running for key in s.keys[s.left // BLOCK :]}
+        for sequence in self.waiting.copy() if room > 0 else ():
+            if not self._has_room(coming + len(sequence.tokens) + 1):
+                return
+            keys = sequence.keys[: (len(sequence.tokens) - 1) // BLOCK]  # the last token has to run
+            known = self.prefixes.known(keys)
+            if known < len(keys) and keys[known] in computing:  # another computes more of its prompt now
+                continue
+            sequence.slot = slot = self.tables.open(sequence.room)
+            sequence.entered = sequence.left = self.prefixes.give(keys, self.tables.rows[slot])
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            coming += len(sequence.tokens) + 1 - sequence.left
+            computing.update(sequence.keys[known:])
+            room -= min(self.chunk, len(sequence.tokens) - sequence.left)
+            yield sequence
+            if room <= 0:
+                return
+
+    def _has_room(self, n_tokens: int) -> bool:
+        """Whether rows are there for so many more tokens; or nobody else is."""
+        needed = self.layout.most_rows(n_tokens)
         missing = needed - self.pages.n_free
         if missing > 0 and self.prefixes.n_idle() >= missing:
             while self.pages.n_free < needed and self.prefixes.drop_one():
                 pass
         return self.pages.n_free >= needed or not self.running
+
+    def _prelude(self, new: Tokens, ids: np.ndarray) -> None:
+        model, (all_new, n_idle) = self.model, self._filled(new)
+        ids = np.concatenate((ids, np.zeros((n_idle, *ids.shape[1:]), ids.dtype)))
+        x = model.embed(self._tensor(ids)[None])
+        together = self._together(all_new, x)
+        lanes, context = together.lanes, together.context
+        e = model.prelude(x, context, Tick(self.tables, all_new, together.plans))
+        if model.config.is_plain:
+            self.lanes.put("out", lanes, e)
+            self._sort_out(np.isin(self.active.lane, new.lane), np.ones(len(new), np.bool_))
+            return
+        h = initial_state(model.config.initial_state, e, context)
+        self.lanes.put("h", lanes, model.carry.expand(h))
+        self.lanes.put("e", lanes, e)
+        kinds = np.unique(new.rule)
+        if self._halts or kinds[-1] >= 0:
+            rules: list[Any] = [_Rules(RULES[kind]) for kind in kinds if kind >= 0]
+            reading = next((rule for rule in (*rules, None) if model.halting.reads_predictions(rule)), None)
+            self.lanes.put_halt(lanes, model.halting.start(h, model._predict(h, reading), None))
 
     @property
     def _halts(self) -> bool:
@@ -302,78 +313,57 @@ class Engine:
 
     def _loop(self) -> None:
         """The block, once."""
-        chosen = [(s, f) for s, f in self._runnable() if f in s.flights]
-        if not chosen:
+        n = -1
+        while n != len(self.active):  # whoever starts over leaves
+            n, runs = len(self.active), self._runs()
+            moving = self._take(self.layout.recurrent, self.active.where(runs))
+        if not len(moving):
             return
-        self.n_token_loops += sum(len(f.places) for _, f in chosen)
-        if self._before is None or not self._before.runs_again(chosen):
-            self._before = self._together(self._filled(chosen))
+        self.n_token_loops += len(moving)
+        everything, _ = self._filled(moving)
+        if self._before is None or not self._before.tokens.are(everything):
+            self._before = self._together(everything)
         together = self._before
-        chosen, lanes = together.members, together.lanes
-        loops = np.concatenate([np.full(len(f.places), f.loop) for _, f in chosen])
-        budgets = np.concatenate([s.depths[f.places] for s, f in chosen])
-        loop, last = self._tensor(loops)[None], self._tensor(loops + 1 >= budgets)[None]
+        lanes, loops = together.lanes, everything.loop
+        loop, last = self._tensor(loops)[None], self._tensor(loops + 1 >= everything.depth)[None]
         before, e = self.lanes.get("h", lanes), self.lanes.get("e", lanes)
         alike = not self.exact and bool((loops == loops[0]).all())  # low-rank deltas are then a slice
-        now, _ = self.model.loop_once(
-            before, e, int(loops[0]) if alike else loop, together.context, self._tick(together)
-        )
+        tick = Tick(self.tables, everything, together.plans)
+        now, _ = self.model.loop_once(before, e, int(loops[0]) if alike else loop, together.context, tick)
         self.lanes.put("h", lanes, now)
         ends, out = last, self.model.carry.mean(now)
-        if self._halts or any(s.request.exit for s, _ in chosen):
-            ends, out = self._halt(chosen, lanes, now, before, loop, last)
+        if self._halts or (moving.rule >= 0).any():
+            ends, out = self._halt(everything, lanes, now, before, loop, last)
         self.lanes.put("out", lanes, out)
-        self._sort_out(chosen, ends[0].cpu().numpy())
+        self._sort_out(runs, ends[0].cpu().numpy()[: len(moving)])
 
-    def _runnable(self) -> list[tuple[Sequence, Flight]]:
-        """Flights whose sequence's earlier tokens are a loop ahead, each with rows for its entries."""
-        chosen, room = [], self.tick_tokens
-        for sequence in sorted(self.running, key=lambda s: not s.decodes):
-            sequence.join()
-            ahead = self.layout.n_loops + 1
-            for flight in list(sequence.flights):
-                loop, ahead_of_it = flight.loop, ahead
-                ahead = loop
-                if loop >= ahead_of_it or not room or sequence.waits(flight):
-                    continue
-                if len(flight.places) > room:
-                    if sequence.n_drafted:  # stays whole
-                        continue
-                    # as many as may run, which are then a loop ahead of the others
-                    sequence.flights.insert(sequence.flights.index(flight) + 1, flight.cut(room))
-                if flight in sequence.flights and self._take(sequence, self.layout.recurrent, loop, flight.places):
-                    room -= len(flight.places)
-                    chosen.append((sequence, flight))
-        return chosen
+    def _runs(self) -> np.ndarray:
+        """Which of the active tokens run: those of a draft wait after its few loops until it is complete."""
+        runs = np.ones(len(self.active), np.bool_)
+        for sequence in self.running:
+            draft = sequence.request.draft
+            if draft is not None and sequence.drafts:
+                mine = np.flatnonzero(self.active.slot == sequence.slot)
+                loops = self.active.loop[mine]
+                there = sequence.entered == len(sequence.tokens) and len(loops) and loops[-1] >= draft.n_loops
+                if sequence.n_missing or not there:
+                    runs[mine[loops == draft.n_loops]] = False
+        return runs
 
     def _halt(
-        self,
-        chosen: list[tuple[Sequence, Flight]],
-        lanes: Tensor,
-        now: Tensor,
-        before: Tensor,
-        loop: Tensor,
-        last: Tensor,
+        self, tokens: Tokens, lanes: Tensor, now: Tensor, before: Tensor, loop: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Who leaves the loop, (1, N) bool, and what the coda would read of each, (1, N, D)."""
         model, ends, out = self.model, last.clone(), self.model.carry.mean(now)
-        kinds: dict[str, list[tuple[int, ExitRule | None]]] = defaultdict(list)
-        place = 0
-        for sequence, flight in chosen:
-            rule = sequence.request.exit
-            n = len(flight.places)
-            if rule is not None or self._halts:
-                kinds["" if rule is None else rule.rule] += [(place + i, rule) for i in range(n)]
-            place += n
-        for kind, members in kinds.items():
-            if self.exact:  # as many as in every pass
-                members += members[:1] * (self.tick_tokens - len(members))
-            some = self._tensor(np.array([place for place, _ in members]))
-            rule: Any = None
-            if kind:
-                rules = [rule for _, rule in members if rule is not None]
-                threshold = torch.tensor([rule.threshold for rule in rules], device=self.device)[None]
-                rule = _Rules(kind, threshold, self._tensor(np.array([rule.min_loops for rule in rules]))[None])
+        for kind in np.unique(tokens.rule).tolist():
+            if kind < 0 and not self._halts:
+                continue
+            members = np.flatnonzero(tokens.rule == kind)
+            members = np.resize(members, len(tokens)) if self.exact else members  # as many as in every pass
+            some, rule = self._tensor(members), None
+            if kind >= 0:
+                threshold = torch.tensor(tokens.threshold[members].tolist(), dtype=out.dtype, device=self.device)[None]
+                rule = _Rules(RULES[kind], threshold, self._tensor(tokens.min_loops[members])[None])
             state = self.lanes.get_halt(lanes[some])
             h = out[:, some]
             signals = Signals(h, model.carry.mean(before[:, some]), model._predict(h, rule), state.log_probs)
@@ -385,45 +375,45 @@ class Engine:
                 out[:, some] = state.mixture
         return ends, out
 
-    def _sort_out(self, chosen: list[tuple[Sequence, Flight]], ends: np.ndarray) -> None:
-        """Tokens that have left the loop wait for the coda; the others go on."""
-        place = 0
-        for sequence, flight in chosen:
-            mine = ends[place : place + len(flight.places)]
-            place += len(flight.places)
-            if sequence is self._idle:
-                continue
-            done = flight.places[mine]
-            assert sequence.table is not None
-            sequence.table.halt(flight.loop, done)
-            sequence.lanes[done] = flight.lanes[mine]
-            sequence.loops[done] = 0 if self.model.config.is_plain else flight.loop + 1
-            flight.places, flight.lanes, flight.loop = flight.places[~mine], flight.lanes[~mine], flight.loop + 1
-            if not len(flight.places):
-                sequence.flights.remove(flight)
+    def _sort_out(self, ran: np.ndarray, ends: np.ndarray) -> None:
+        """Of the active tokens those that `ran` are a loop further; those that have left the loop wait for the coda."""
+        done, active = ran.copy(), self.active
+        done[ran] = ends
+        left = active.where(done)
+        self.tables.halt(left.slot, left.place, left.loop)
+        self.tables.lanes[left.slot, left.place] = left.lane
+        self.tables.loops[left.slot, left.place] = 0 if self.model.config.is_plain else left.loop + 1
+        self._arrivals.update(left.slot.tolist())
+        self.active = replace(active, loop=active.loop + ran).where(~done)
 
     def _leave(self) -> list[Event]:
         """Tokens whose predecessors have all left the loop go through the coda, and those that a draft goes on from;
         after the last of a text a token is sampled."""
-        leaving: list[tuple[Sequence, Flight]] = []
+        leaving: list[tuple[Sequence, Rows, Rows | None]] = []  # places; lanes of a draft's token, which stays
         room = self.tick_tokens
-        for sequence in list(self.running):
-            flight = sequence.guesses() or sequence.arrived(room)
-            n = len(flight.places)
-            if 0 < n <= room and sequence in self.running and self._take(sequence, self.layout.coda, 0, flight.places):
-                leaving.append((sequence, flight))
-                room -= n
-        leaving = [(s, f) for s, f in leaving if s in self.running]
+        for sequence in self.running:
+            if sequence.slot not in self._arrivals and sequence.request.draft is None:
+                continue
+            guessing = self._guessing(sequence)
+            places, lanes = guessing or (self._arrived(sequence, room), None)
+            if 0 < len(places) <= room:
+                leaving.append((sequence, places, lanes))
+                room -= len(places)
         if not leaving:
             return []
-        together = self._together(self._filled(leaving), held="out")
+        tokens = self._take(self.layout.coda, self._of(leaving))
+        leaving = [each for each in leaving if each[0].slot is not None]
+        if not leaving:
+            return []
+        everything, _ = self._filled(tokens)
+        together = self._together(everything, held="out")
         h = self.lanes.get("out", together.lanes)
-        hidden = self.model.coda(h, together.context, self._tick(together))[0]
+        hidden = self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
         found: list[_Found] = []
         start = 0
-        for sequence, flight in leaving:
-            found += self._gone(sequence, flight, start)
-            start += len(flight.places)
+        for sequence, places, lanes in leaving:
+            found += self._gone(sequence, places, start, guess=lanes is not None)
+            start += len(places)
         if not found:
             return []
         ends = np.array([each.end for each in found])
@@ -431,31 +421,56 @@ class Engine:
         logits = self.model.logits(hidden[self._tensor(ends)])[: len(found), : self.vocab_size]
         return self._sampled(found, logits)
 
-    def _gone(self, sequence: Sequence, flight: Flight, start: int) -> "Iterator[_Found]":
+    def _of(self, leaving: list[tuple[Sequence, Rows, Rows | None]]) -> Tokens:
+        parts = [Part(sequence.slot, places) for sequence, places, _ in leaving if sequence.slot is not None]
+        held = self.tables.lanes
+        lanes = [held[s.slot, places] if lanes is None else lanes for s, places, lanes in leaving]
+        return Tokens.made(parts, np.concatenate(lanes))
+
+    def _guessing(self, sequence: Sequence) -> tuple[Rows, Rows] | None:
+        """Place and lane of the token that the next one of a draft is guessed from, where its few loops are done."""
+        draft = sequence.request.draft
+        if draft is None or not sequence.drafts or not sequence.n_missing or sequence.entered < len(sequence.tokens):
+            return None
+        newest = np.flatnonzero(self.active.slot == sequence.slot)[-1:]
+        there = (self.active.loop[newest] == draft.n_loops).any()
+        return (self.active.place[newest], self.active.lane[newest]) if there else None
+
+    def _arrived(self, sequence: Sequence, most: int) -> Rows:
+        """Places of its tokens whose predecessors have all left the loop, at most so many; a draft's all or none."""
+        there = self.tables.lanes[sequence.slot, sequence.left : sequence.entered] >= 0
+        n = len(there) if there.all() else int(there.argmin())
+        n = min(n, most) if n <= most or not sequence.n_guessed else 0
+        if n == np.count_nonzero(there):
+            self._arrivals.discard(sequence.slot)
+        return np.arange(sequence.left, sequence.left + n)
+
+    def _gone(self, sequence: Sequence, places: Rows, start: int, *, guess: bool) -> "Iterator[_Found]":
         """These have passed the coda, the first of them at `start` of the row: what is to be sampled from them."""
-        guess = sequence.lanes[flight.places[0]] < 0  # it has not left the loop
+        slot = sequence.slot
         if not guess:
-            self.lanes.drop(flight.lanes)
-            sequence.lanes[flight.places] = -1
-            sequence.left += len(flight.places)
-            if flight.places[0] < len(sequence.request.prompt):  # later tokens complete no block of it
-                assert sequence.table is not None
-                self.prefixes.keep(sequence.keys[: sequence.left // BLOCK], sequence.table)
+            self.lanes.drop(self.tables.lanes[slot, places])
+            self.tables.lanes[slot, places] = NONE
+            sequence.loops[places] = self.tables.loops[slot, places]
+            sequence.left += len(places)
+            if places[0] < sequence.n_prompt:  # later tokens complete no block of it
+                self.prefixes.keep(sequence.keys[: sequence.left // BLOCK], self.tables.rows[slot])
         if guess or sequence.left == len(sequence.tokens):
-            for place in flight.places:
+            for i, place in enumerate(places.tolist()):
                 if guess or place >= sequence.n_sure - 1:
-                    yield _Found(sequence, int(place), int(start + place - flight.places[0]), guess)
+                    yield _Found(sequence, place, start + i, guess)
 
     def _sampled(self, found: "list[_Found]", logits: Tensor) -> list[Event]:
         """The token that follows each; those that sample alike at once."""
         alike: dict[Sampling, list[int]] = defaultdict(list)
         rows = list(logits)
         for i, (sequence, place, _, _) in enumerate(found):
-            n, sampling = len(sequence.request.prompt), sequence.request.sampling
-            rows[i] = adjusted(rows[i], sampling, sequence.tokens[:n], sequence.tokens[n : place + 1])
+            n, sampling = sequence.n_prompt, sequence.request.sampling
+            if sampling.reads_text:
+                rows[i] = adjusted(rows[i], sampling, sequence.tokens[:n], sequence.tokens[n : place + 1])
             allowed = self._allowed(sequence, place)
             rows[i] = rows[i] if allowed is None else rows[i].masked_fill(~allowed, -torch.inf)
-            alike[replace(sampling, seed=0)].append(i)
+            alike[sequence.kind].append(i)
         chosen = [NO_TOKEN] * len(found)
         for sampling, members in alike.items():
             seeds = self._tensor(np.array([found[i].sequence.request.sampling.seed for i in members]))
@@ -486,36 +501,42 @@ class Engine:
         logprob, likely = likeliest(logits, token, request.n_logprobs)
         reason = "failed" if token == NO_TOKEN else "stop" if token in request.stop else ""
         if not reason:
-            if sequence.n_drafted:
-                self.n_drafted += 1
-                self.n_agreed += sequence.tokens[sequence.n_sure] == token
-            sequence.learn(token)
-            written = sequence.n_sure - len(request.prompt)
-            full = written >= request.max_tokens or sequence.n_sure >= self.model.config.max_seq_len
-            reason = "length" if full else ""
+            reason = self._learn(sequence, token)
         if reason:
             self._release(sequence)
             self.running.remove(sequence)
         kept = None if reason in ("failed", "stop") else token
         return Event(sequence.number, kept, loops, reason, logprob, likely)
 
-    def _take(self, sequence: Sequence, layers: list[int], loop: int, places: Rows) -> bool:
-        """Rows for these tokens. Where none are free, the youngest sequence gives up what it has and starts over later;
-        False if that is this one."""
+    def _learn(self, sequence: Sequence, token: int) -> str:
+        """Go on with this token; the reason why the text ends with it, if it does."""
+        guessed = sequence.tokens[sequence.n_sure : sequence.n_sure + 1]
+        try:
+            wrong = sequence.learn(token)
+        except ValueError:  # its constraint can't be followed any more
+            return "failed"
+        self.n_drafted += len(guessed)
+        self.n_agreed += guessed == [token]
+        if wrong:
+            assert sequence.slot is not None
+            self.tables.forget(sequence.slot, sequence.left)
+        written = sequence.n_sure - sequence.n_prompt
+        full = written >= sequence.request.max_tokens or sequence.n_sure >= self.model.config.max_seq_len
+        return "length" if full else ""
+
+    def _take(self, layers: list[int], tokens: Tokens) -> Tokens:
+        """Rows for these tokens. Where too few are free, the youngest sequence gives up what it has and starts over
+        later: those of the tokens that are left."""
         while True:
-            assert sequence.table is not None
             try:
-                sequence.table.take(layers, loop, places)
+                self.tables.take(layers, tokens.slot, tokens.place, tokens.loop)
             except FullError:
-                if self.prefixes.drop_one():
-                    continue
-                holding = [s for s in self.running if s.table is not None]
-                victim = max((*holding, sequence), key=lambda s: s.number)
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
+                if not self.prefixes.drop_one():
+                    victim = max(self.running, key=lambda s: s.number)
+                    tokens = tokens.where(tokens.slot != victim.slot)
+                    self._preempt(victim)
             else:
-                return True
+                return tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -525,37 +546,29 @@ class Engine:
             self.waiting = sorted((*self.waiting, sequence), key=lambda s: s.number)
 
     def _release(self, sequence: Sequence) -> None:
-        for flight in sequence.flights:
-            self.lanes.drop(flight.lanes)
-        self.lanes.drop(sequence.lanes[sequence.lanes >= 0])
-        if sequence.table is not None:
-            sequence.table.forget(0)
+        slot = sequence.slot
+        if slot is not None:
+            mine = self.active.slot == slot
+            waiting = self.tables.lanes[slot]
+            self.lanes.drop(np.concatenate((self.active.lane[mine], waiting[waiting >= 0])))
+            self.active = self.active.where(~mine)
+            self._arrivals.discard(slot)
+            self.tables.close(slot)
         sequence.start_over()
 
-    def _filled(self, chosen: list[tuple[Sequence, Flight]]) -> list[tuple[Sequence, Flight]]:
-        """With an idle token, as often as an exact pass needs it."""
-        n = self.tick_tokens - sum(len(f.places) for _, f in chosen)
+    def _filled(self, tokens: Tokens) -> tuple[Tokens, int]:
+        """With an idle token as often as an exact pass needs it, and how often that is."""
+        n = self.tick_tokens - len(tokens)
         if self._idle is None or not n:
-            return chosen
-        return [*chosen, (self._idle, Flight(np.zeros(n, np.int64), np.repeat(self._idle.lanes, n)))]
+            return tokens, 0
+        return Tokens.joined([tokens, self._idle.where(np.zeros(n, np.int64))]), n
 
-    def _together(
-        self, members: list[tuple[Sequence, Flight]], x: Tensor | None = None, held: str = "e"
-    ) -> "_Together":
+    def _together(self, tokens: Tokens, x: Tensor | None = None, held: str = "e") -> "_Together":
         """x (1, N, D): anything of theirs, for its type; else what lanes hold by this name."""
-        lanes = self._tensor(np.concatenate([f.lanes for _, f in members]))
-        positions = self._tensor(np.concatenate([f.places for _, f in members]))[None]
+        lanes, positions = self._tensor(tokens.lane), self._tensor(tokens.place)[None]
         context = self.model.context(self.lanes.get(held, lanes) if x is None else x, positions=positions)
         context = replace(context, exact=self.exact)
-        plans = planned(self._segments(members), self.device, apart=self.exact)
-        flights = [(f, len(f.places)) for s, f in members if s is not self._idle]
-        return _Together(members, flights, lanes, context, plans)
-
-    def _tick(self, together: "_Together") -> Tick:
-        return Tick(self.pages, self._segments(together.members), together.plans)
-
-    def _segments(self, members: list[tuple[Sequence, Flight]]) -> list[Segment]:
-        return [Segment(s.table, f.places, f.loop) for s, f in members if s.table is not None]
+        return _Together(tokens, lanes, context, planned(tokens, self.device, apart=self.exact))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)

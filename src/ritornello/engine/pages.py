@@ -74,11 +74,11 @@ class Layout:
         self._once = {layer: i for i, layer in enumerate((*self.prelude, *self.coda))}
         self.n_kinds = self.n_once + len(self.recurrent) * n_loops
 
-    def kind(self, layer: int, loop: int) -> int:
-        """The kind of row that `layer` reads and writes in this loop."""
+    def kinds(self, layer: int, loops: Rows) -> Rows:
+        """The kind of row that `layer` reads and writes in each of these loops."""
         if layer in self._once:
-            return self._once[layer]
-        return self.n_once + (layer - self.recurrent[0]) * self.n_loops + loop
+            return np.full_like(loops, self._once[layer])
+        return self.n_once + (layer - self.recurrent[0]) * self.n_loops + loops
 
     def most_rows(self, n_tokens: int) -> int:
         """That so many tokens can hold at once."""
@@ -86,43 +86,69 @@ class Layout:
         return n_tokens * (self.n_once + len(self.recurrent) * each)
 
 
-class Table:
-    """The rows of one sequence: (kind, token), NONE where there is none yet. A token that has left the loop has the
-    row of its last loop for all deeper ones."""
+class Tables:
+    """What the sequences under way hold, each in a slot of its own: rows (slot, kind, place), NONE where there is none
+    yet. A token that has left the loop has the row of its last loop for all deeper ones. lanes (slot, place): of tokens
+    that wait for the coda, NONE of others; loops (slot, place): that tokens took."""
 
-    def __init__(self, layout: Layout, pages: Pages, n_tokens: int) -> None:
+    def __init__(self, layout: Layout, pages: Pages) -> None:
         self.layout, self.pages = layout, pages
-        self.rows = np.full((layout.n_kinds, n_tokens), NONE, np.int64)
+        self.rows = np.full((0, layout.n_kinds, 0), NONE, np.int64)
+        self.lanes = np.full((0, 0), NONE, np.int64)
+        self.loops = np.zeros((0, 0), np.int64)
+        self._free: list[int] = []
 
-    def take(self, layers: list[int], loop: int, tokens: Rows) -> None:
-        """Give those of these tokens that have none yet a row in each layer for this loop. Raises FullError, having
-        taken none."""
-        if layers:
-            tokens = tokens[self.rows[self.layout.kind(layers[0], loop), tokens] == NONE]
-        if loop and layers == self.layout.recurrent and self.layout.shares_first:
-            for layer in layers:
-                kind = self.layout.kind(layer, loop)
-                self.rows[kind, tokens] = self.rows[kind - 1, tokens]
-            return
-        taken = self.pages.take(len(layers) * len(tokens)).reshape(len(layers), len(tokens))
-        for layer, rows in zip(layers, taken, strict=True):
-            self.rows[self.layout.kind(layer, loop), tokens] = rows
+    def open(self, n_places: int) -> int:
+        """A slot for a sequence of so many tokens."""
+        n_slots, _, width = self.rows.shape
+        more = 0 if self._free else max(4, n_slots)
+        wider = max(n_places, 2 * width) - width if n_places > width else 0
+        if more or wider:
+            self.rows = np.pad(self.rows, ((0, more), (0, 0), (0, wider)), constant_values=NONE)
+            self.lanes = np.pad(self.lanes, ((0, more), (0, wider)), constant_values=NONE)
+            self.loops = np.pad(self.loops, ((0, more), (0, wider)))
+            self._free += range(n_slots + more - 1, n_slots - 1, -1)
+        return self._free.pop()
 
-    def halt(self, loop: int, tokens: Rows) -> None:
-        """Their last loop was this one: deeper ones read its rows."""
-        for layer in self.layout.recurrent:
-            here = self.layout.kind(layer, loop)
-            self.rows[here + 1 : self.layout.kind(layer, self.layout.n_loops), tokens] = self.rows[here, tokens]
+    def close(self, slot: int) -> None:
+        """Nothing is held there any more."""
+        self.forget(slot, 0)
+        self.lanes[slot] = NONE
+        self._free.append(slot)
 
-    def read(self, layer: int, loop: int, n_tokens: int) -> Rows:
-        """The rows of the first tokens."""
-        return self.rows[self.layout.kind(layer, loop), :n_tokens]
-
-    def forget(self, first: int) -> None:
-        """Hold nothing any more from this token on."""
-        rows = self.rows[:, first:]
+    def forget(self, slot: int, first: int) -> None:
+        """Hold nothing from this place on."""
+        rows = self.rows[slot, :, first:]
         self.pages.drop(distinct(rows))
         rows.fill(NONE)
+
+    def take(self, layers: list[int], slots: Rows, places: Rows, loops: Rows) -> None:
+        """Give those of these tokens that have none yet a row in each layer for their loop. Raises FullError, having
+        taken none."""
+        if not layers:
+            return
+        if layers == self.layout.recurrent and self.layout.shares_first:
+            later = loops > 0
+            for layer in layers:
+                at = slots[later], self.layout.kinds(layer, loops[later]), places[later]
+                self.rows[at] = self.rows[at[0], at[1] - 1, at[2]]
+        lacking = self.rows[slots, self.layout.kinds(layers[0], loops), places] == NONE
+        if not lacking.all():
+            slots, places, loops = slots[lacking], places[lacking], loops[lacking]
+        taken = self.pages.take(len(layers) * len(slots)).reshape(len(layers), -1)
+        for layer, rows in zip(layers, taken, strict=True):
+            self.rows[slots, self.layout.kinds(layer, loops), places] = rows
+
+    def halt(self, slots: Rows, places: Rows, loops: Rows) -> None:
+        """Their last loop was this one: deeper ones read its rows."""
+        for layer in self.layout.recurrent:
+            here = self.layout.kinds(layer, loops)
+            rows = self.rows[slots, here, places]
+            for ahead in range(1, self.layout.n_loops):
+                some = loops + ahead < self.layout.n_loops
+                if not some.any():
+                    break
+                self.rows[slots[some], here[some] + ahead, places[some]] = rows[some]
 
 
 def distinct(rows: Rows) -> Rows:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ritornello.engine.pages import Pages, Rows, Table, distinct
+from ritornello.engine.pages import Pages, Rows, distinct
 
 BLOCK = 16  # tokens that are shared or not
 
@@ -33,20 +33,20 @@ class Prefixes:
         """How many of the first blocks are here."""
         return next((i for i, key in enumerate(keys) if key not in self._blocks), len(keys))
 
-    def give(self, keys: Sequence[bytes], table: Table) -> int:
-        """Put what is here into `table`; returns how many tokens that are."""
+    def give(self, keys: Sequence[bytes], table: Rows) -> int:
+        """Put what is here into a sequence's table (kinds, places); returns how many tokens that are."""
         n = self.known(keys)
         for i, key in enumerate(keys[:n]):
-            table.rows[:, i * BLOCK : (i + 1) * BLOCK] = self._blocks[key]
-        self.pages.hold(distinct(table.rows[:, : n * BLOCK]))
+            table[:, i * BLOCK : (i + 1) * BLOCK] = self._blocks[key]
+        self.pages.hold(distinct(table[:, : n * BLOCK]))
         self._touch(keys[:n])
         return n * BLOCK
 
-    def keep(self, keys: Sequence[bytes], table: Table) -> None:
-        """Hold the blocks of `table` that are not here yet."""
+    def keep(self, keys: Sequence[bytes], table: Rows) -> None:
+        """Hold the blocks of a sequence's table that are not here yet."""
         for i, key in enumerate(keys):
             if key not in self._blocks:
-                rows = table.rows[:, i * BLOCK : (i + 1) * BLOCK].copy()
+                rows = table[:, i * BLOCK : (i + 1) * BLOCK].copy()
                 self.pages.hold(distinct(rows))
                 self._blocks[key] = rows
         self._touch(keys)

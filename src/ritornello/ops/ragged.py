@@ -21,7 +21,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Groups that have every token of a row once."""
+    """Groups that have every token of a row, some of them twice."""
 
     groups: Sequence[Group]
 
@@ -32,4 +32,4 @@ class Ragged:
         ]
         places = torch.cat([group.tokens.flatten() for group in self.groups])
         y = torch.cat([part.flatten(0, 1) for part in found])
-        return torch.empty_like(y).index_copy_(0, places, y)[None]
+        return y.new_empty(queries[0].shape[1], *y.shape[1:]).index_copy_(0, places, y)[None]

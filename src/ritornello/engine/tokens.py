@@ -1,0 +1,64 @@
+"""Tokens on their way through the loop, as columns: a tick handles all of them at once."""
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ritornello.engine.pages import Rows
+
+
+class Part(NamedTuple):
+    """Tokens of one sequence: its slot, their places, how many loops they may take, the kind of its exit rule, its
+    threshold and least loops."""
+
+    slot: int
+    places: Rows
+    depth: Rows | int = 0
+    rule: tuple[int, float, int] = (-1, 0.0, 1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """By token: the slot of its sequence and its place in it, its lane, the loop that is next, how many loops it may
+    take; the number of its exit rule's kind (-1: none), its threshold and least loops."""
+
+    slot: Rows
+    place: Rows
+    lane: Rows
+    loop: Rows
+    depth: Rows
+    rule: Rows
+    threshold: np.ndarray
+    min_loops: Rows
+
+    @staticmethod
+    def made(parts: list[Part], lanes: Rows) -> "Tokens":
+        """Of several sequences, before loop 0."""
+        sizes = [len(part.places) for part in parts]
+        slot, rule, threshold, least = (
+            np.repeat(np.array(column), sizes) for column in zip(*((p.slot, *p.rule) for p in parts), strict=True)
+        )
+        place = np.concatenate([part.places for part in parts])
+        depth = np.concatenate([np.broadcast_to(part.depth, size) for part, size in zip(parts, sizes, strict=True)])
+        return Tokens(slot, place, lanes, np.zeros_like(place), depth, rule, threshold, least)
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    def where(self, chosen: Any) -> "Tokens":
+        """Some of them, by mask or by number."""
+        return Tokens(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+    @staticmethod
+    def joined(parts: list["Tokens"]) -> "Tokens":
+        if len(parts) == 1:
+            return parts[0]
+        return Tokens(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Tokens)))
+
+    def are(self, others: "Tokens") -> bool:
+        """Whether these are the same tokens in the same order, whatever their loops."""
+        return np.array_equal(self.slot, others.slot) and np.array_equal(self.place, others.place)
+
+
+NOBODY = Tokens(*[np.zeros(0, np.int64)] * 6, np.zeros(0), np.zeros(0, np.int64))
