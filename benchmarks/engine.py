@@ -1,6 +1,7 @@
 """Requests of mixed lengths and depths, at once and as they come: depth-wise batching beside batches in lockstep; a
 text alone with and without a draft; and OpenMythos' own way to write several texts."""
 
+import functools
 import inspect
 import json.decoder
 import random
@@ -121,21 +122,31 @@ def lockstep(
     return found
 
 
+@functools.cache
+def engine_of(model: RecurrentDepthTransformer, n_loops: int, n_tokens: int) -> Engine:
+    """With rows for so many tokens: a server has one and keeps it."""
+    n_rows = Layout(model.config, n_loops=n_loops).most_rows(n_tokens)
+    return Engine(model, tick_tokens=TICK, chunk=64, n_rows=n_rows, n_loops=n_loops)
+
+
 def depthwise(model: RecurrentDepthTransformer, asked: Sequence[Request], arrivals: Sequence[float]) -> Served:
-    n_loops = asked[0].n_loops or model.config.n_loops
-    rows = Layout(model.config, n_loops=n_loops).most_rows
-    n_rows = sum(rows(len(request.prompt) + request.max_tokens) for request in asked)
-    engine = Engine(model, tick_tokens=TICK, chunk=64, n_rows=n_rows, n_loops=n_loops)
+    n_tokens = sum(len(request.prompt) + request.max_tokens for request in asked)
+    engine = engine_of(model, asked[0].n_loops or model.config.n_loops, n_tokens)
+    engine.prefixes.clear()
+    ticks, token_loops, numbers = engine.n_ticks, engine.n_token_loops, {}
     n, begun, come, found = len(asked), time.perf_counter(), 0, Served.of(len(asked))
     while come < n or engine.busy:
         while come < n and arrivals[come] <= time.perf_counter() - begun:
-            come += engine.submit(asked[come]) >= 0
+            numbers[engine.submit(asked[come])] = come
+            come += 1
         if not engine.busy:
             time.sleep(max(0.0, arrivals[come] - (time.perf_counter() - begun)))
         for event in engine.step():
             assert event.token is not None
-            found.add(event.number, event.token, time.perf_counter() - begun - arrivals[event.number])
-    found.token_loops, found.occupancy = engine.n_token_loops, engine.n_token_loops / engine.n_ticks / TICK
+            i = numbers[event.number]
+            found.add(i, event.token, time.perf_counter() - begun - arrivals[i])
+    found.token_loops = engine.n_token_loops - token_loops
+    found.occupancy = found.token_loops / (engine.n_ticks - ticks) / TICK
     return found
 
 
