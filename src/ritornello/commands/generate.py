@@ -33,10 +33,12 @@ class Generate(Command):
         option("Stop early: hazard, cumulative, kl, delta, entropy; or calibrated, as was found.", metavar="RULE"),
     ] = None
     exit_threshold: Annotated[float | None, REAL, option("When --exit stops; each rule has its own.")] = None
-    min_loops: Annotated[int, INTEGER, option("--exit never stops before.")] = 1
-    loop_budget: Annotated[float | None, REAL, option("Loops of a token in the mean, at most.")] = None
-    draft_loops: Annotated[int | None, INTEGER, option("So many loops guess, all agree or not: the same text.")] = None
-    draft_tokens: Annotated[int, INTEGER, option("Tokens to guess at a time.")] = 4
+    min_loops: Annotated[int, INTEGER, option("With --exit: no token leaves before.")] = 1
+    loop_budget: Annotated[float | None, REAL, option("Loops of a written token in the mean, at most.")] = None
+    draft_loops: Annotated[int | None, INTEGER, option("So many loops guess, full depth decides: the same text.")] = (
+        None
+    )
+    draft_tokens: Annotated[int | None, INTEGER, option("Tokens to guess at a time; 4 if not given.")] = None
     max_tokens: Annotated[int, INTEGER, option("Tokens to write at most.")] = 256
     temperature: Annotated[float, REAL, option("0 always takes the likeliest token.")] = 0.8
     top_k: Annotated[int | None, INTEGER, option("Sample from the N likeliest tokens.")] = None
@@ -54,6 +56,8 @@ class Generate(Command):
         if self.loops is not None:
             require_int("--loops", self.loops, 1, MAX_LOOPS)
         self.check_files()
+        ok = self.draft_tokens is None or self.draft_loops is not None
+        require(ok, "--draft-tokens", self.draft_tokens, "used with --draft-loops")
         constraint = self.constraint()
 
         from ritornello.engine.generate import load, stream
@@ -82,7 +86,8 @@ class Generate(Command):
         if self.draft_loops is not None:
             from ritornello.engine.request import Draft
 
-            options["draft"] = Draft(n_loops=self.draft_loops, n_tokens=self.draft_tokens)
+            given = {} if self.draft_tokens is None else {"n_tokens": self.draft_tokens}
+            options["draft"] = Draft(n_loops=self.draft_loops, **given)
         if self.prompt is None:
             self.answer(loaded, options)
             return

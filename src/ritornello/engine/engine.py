@@ -19,14 +19,14 @@ from ritornello.engine.constraints import Grammars
 from ritornello.engine.lanes import Lanes
 from ritornello.engine.pages import NONE, FullError, Layout, Pages, Rows, Tables
 from ritornello.engine.prefixes import BLOCK, Prefixes
-from ritornello.engine.request import Event, Request, Stats
+from ritornello.engine.request import CHUNK, Event, Request, Stats, check_depth
 from ritornello.engine.sampling import NO_TOKEN, Sampling, adjusted, draw, likeliest
 from ritornello.engine.sequence import RULES, Sequence
 from ritornello.engine.tick import Plan, Tick, planned, to_device
 from ritornello.engine.tokens import NOBODY, Part, Tokens
 from ritornello.model.carry import initial_state
 from ritornello.model.context import Context
-from ritornello.model.halting import Signals, check_exit
+from ritornello.model.halting import Signals
 from ritornello.model.rdt import RecurrentDepthTransformer
 
 EXACT = 16  # in whose multiples an exact pass has tokens
@@ -78,7 +78,7 @@ class Engine:
         n_rows: rows of keys and values: each token has one in each layer, in recurrent layers one for each loop it ran;
             default: enough for four texts of max_seq_len. Where they run out, the youngest text starts over.
         n_loops: the deepest that a request may ask for; default config.n_loops.
-        tick_tokens: how many tokens one tick takes through the block; chunk: how many of a prompt enter at once.
+        tick_tokens: how many tokens are in the loop at most; chunk: how many of a prompt enter at once.
         vocab_size: ids from here on are never chosen.
         grammars: of the tokenizer, for requests with a constraint.
         exact: every pass has tick_tokens tokens, some of them idle, each token attends by itself, and each pair of
@@ -95,7 +95,7 @@ class Engine:
         n_rows: int | None = None,
         n_loops: int | None = None,
         tick_tokens: int = 256,
-        chunk: int = 64,
+        chunk: int = CHUNK,
         vocab_size: int | None = None,
         grammars: Grammars | None = None,
         exact: bool = False,
@@ -125,6 +125,7 @@ class Engine:
         self.active = NOBODY  # tokens in the loop
         self._arrivals: set[int] = set()  # slots where some may have left it
         self._before: _Together | None = None  # of the tick before this one
+        self._events: list[Event] = []  # not told yet
         self.n_ticks = self.n_token_loops = self.n_preempted = self.n_drafted = self.n_agreed = 0
         self._numbers = iter(range(1 << 62))
         self._idle: Tokens | None = None
@@ -140,11 +141,9 @@ class Engine:
             ValueError: what this model or the memory cannot do, before anything is computed.
         """
         config = self.model.config
-        check_exit(config, request.exit)
         n_loops = min(config.n_loops, self.layout.n_loops) if request.n_loops is None else request.n_loops
         require_int("n_loops", n_loops, 1, self.layout.n_loops)
-        if request.exit is not None:
-            require_int("min_loops", request.exit.min_loops, 1, n_loops)
+        check_depth(config, request, n_loops, chunk=self.chunk)
         limit, length = config.max_seq_len, len(request.prompt)
         require(length < limit, "prompt", f"{length} tokens", f"fewer than max_seq_len = {limit}")
         several = config.n_token_tables > 1
@@ -161,21 +160,14 @@ class Engine:
         for token, _ in request.sampling.logit_bias:
             require_int("logit_bias", token, 0, self.vocab_size - 1)
         require_int("n_logprobs", request.n_logprobs or 0, 0, self.vocab_size)
-        if request.loop_budget is not None:
-            ok = not config.is_plain and request.loop_budget <= n_loops
-            require(ok, "loop_budget", request.loop_budget, f"at most n_loops ({n_loops}), of a model that loops")
-        if request.draft is not None:
-            ok = config.read_out == "last" and not config.is_plain and request.draft.n_loops < n_loops
-            allowed = f"fewer than n_loops ({n_loops}), of a model that loops and reads out the last state"
-            require(ok, "draft.n_loops", request.draft.n_loops, allowed)
-            require_int("draft.n_tokens", request.draft.n_tokens, 1, self.chunk - 1)
         room = min(length + request.max_tokens, limit) - 1  # the last token is never computed with
         needed, have = self.layout.most_rows(room), self.pages.n_free + self.pages.n_used - self.exact
         require(needed <= have, "prompt and max_tokens", f"{room} tokens, {needed} rows", f"at most {have} rows")
         matcher = None
         if request.constraint is not None:
             ok = self.grammars is not None and self.grammars.vocab_size == self.vocab_size and not several
-            require(ok, "constraint", request.constraint, "served with grammars of the same vocab_size, and one table")
+            allowed = "asked of an Engine(…, grammars=Grammars(tokenizer), vocab_size=tokenizer.vocab_size)"
+            require(ok, "constraint", request.constraint, allowed)
             assert self.grammars is not None
             matcher = self.grammars.start(request.constraint)
         sequence = Sequence(next(self._numbers), request, n_loops, room, matcher)
@@ -183,7 +175,7 @@ class Engine:
         return sequence.number
 
     def cancel(self, number: int) -> bool:
-        """Whether it was still there."""
+        """Whether it was still there. Events of the step that is being read may still tell of it."""
         found = [s for s in (*self.running, *self.waiting) if s.number == number]
         for sequence in found:
             self._release(sequence)
@@ -213,12 +205,15 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One tick: new tokens through the prelude, all that may through the block, those that are done to the coda."""
+        """One tick: new tokens through the prelude, all that may through the block, those that are done to the coda.
+        If anything is raised, no token is lost: what was found so far comes with the next step."""
         self.n_ticks += 1
         try:
             self._enter()
             self._loop()
-            return self._leave()
+            self._leave()
+            events, self._events = self._events, []
+            return events
         except BaseException:  # in the middle of something: all start over, should this be called again
             self._before = None
             for sequence in list(self.running):
@@ -386,7 +381,7 @@ class Engine:
         self._arrivals.update(left.slot.tolist())
         self.active = replace(active, loop=active.loop + ran).where(~done)
 
-    def _leave(self) -> list[Event]:
+    def _leave(self) -> None:
         """Tokens whose predecessors have all left the loop go through the coda, and those that a draft goes on from;
         after the last of a text a token is sampled."""
         leaving: list[tuple[Sequence, Rows, Rows | None]] = []  # places; lanes of a draft's token, which stays
@@ -400,11 +395,11 @@ class Engine:
                 leaving.append((sequence, places, lanes))
                 room -= len(places)
         if not leaving:
-            return []
+            return
         tokens = self._take(self.layout.coda, self._of(leaving))
         leaving = [each for each in leaving if each[0].slot is not None]
         if not leaving:
-            return []
+            return
         everything, _ = self._filled(tokens)
         together = self._together(everything, held="out")
         h = self.lanes.get("out", together.lanes)
@@ -415,11 +410,11 @@ class Engine:
             found += self._gone(sequence, places, start, guess=lanes is not None)
             start += len(places)
         if not found:
-            return []
+            return
         ends = np.array([each.end for each in found])
         ends = np.resize(ends, self.tick_tokens) if self.exact else ends
         logits = self.model.logits(hidden[self._tensor(ends)])[: len(found), : self.vocab_size]
-        return self._sampled(found, logits)
+        self._sample(found, logits)
 
     def _of(self, leaving: list[tuple[Sequence, Rows, Rows | None]]) -> Tokens:
         parts = [Part(sequence.slot, places) for sequence, places, _ in leaving if sequence.slot is not None]
@@ -453,14 +448,14 @@ class Engine:
             self.tables.lanes[slot, places] = NONE
             sequence.loops[places] = self.tables.loops[slot, places]
             sequence.left += len(places)
-            if places[0] < sequence.n_prompt:  # later tokens complete no block of it
+            if (sequence.left - len(places)) // BLOCK < min(sequence.left // BLOCK, len(sequence.keys)):
                 self.prefixes.keep(sequence.keys[: sequence.left // BLOCK], self.tables.rows[slot])
         if guess or sequence.left == len(sequence.tokens):
             for i, place in enumerate(places.tolist()):
                 if guess or place >= sequence.n_sure - 1:
                     yield _Found(sequence, place, start + i, guess)
 
-    def _sampled(self, found: "list[_Found]", logits: Tensor) -> list[Event]:
+    def _sample(self, found: "list[_Found]", logits: Tensor) -> None:
         """The token that follows each; those that sample alike at once."""
         alike: dict[Sampling, list[int]] = defaultdict(list)
         rows = list(logits)
@@ -478,13 +473,11 @@ class Engine:
             tokens = draw(torch.stack([rows[i] for i in members]), sampling, seeds, index)
             for i, token in zip(members, tokens.tolist(), strict=True):
                 chosen[i] = token
-        events = []
         for each, token, row in zip(found, chosen, logits, strict=True):
             if each.guess:
                 each.sequence.tokens.append(max(token, 0))  # NO_TOKEN comes back at full depth
             elif each.place < each.sequence.left and each.sequence in self.running:  # else a guess before it was wrong
-                events.append(self._push(each.sequence, token, row))
-        return events
+                self._events.append(self._push(each.sequence, token, row))
 
     def _allowed(self, sequence: Sequence, place: int) -> Tensor | None:
         """(V,) bool: which ids may follow the token at this place; none, where its constraint can't be followed."""

@@ -1,4 +1,4 @@
-"""Continue texts with a trained model: a thin function over prefill and decode."""
+"""Continue texts with a trained model: one text step by step, several by the engine."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +15,10 @@ from ritornello.engine.constraints import Constraint, Grammars
 from ritornello.engine.engine import Engine, is_compiled
 from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
-from ritornello.engine.request import Draft, Request
+from ritornello.engine.request import Draft, Request, check_depth
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
 from ritornello.engine.text import Text
 from ritornello.model.cache import Cache
-from ritornello.model.halting import check_exit
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, tensors
 from ritornello.train.tokenizer import Tokenizer, from_json
@@ -198,11 +197,6 @@ def requests(
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
     for token, _ in checked.logit_bias:
         require_int("logit_bias", token, 0, tokenizer.vocab_size - 1)
-    check_exit(model.config, exit)
-    if exit is not None:
-        deepest = n_loops or model.config.n_loops
-        ok = exit.min_loops <= deepest
-        require(ok, "min_loops", exit.min_loops, f"<= n_loops ({deepest}), or no token could stop early")
     stops = [stop] if isinstance(stop, str) else list(stop)
     require(all(stops), "stop", stop, "texts, none empty")
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
@@ -212,7 +206,9 @@ def requests(
     how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "n_logprobs": n_logprobs}
     how |= {"stop": frozenset({tokenizer.eos_id}), "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
     seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]
-    return [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)], stops
+    asked = [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)]
+    check_depth(model.config, asked[0], n_loops or model.config.n_loops)
+    return asked, stops
 
 
 def engine_for(loaded: Loaded, *, n_loops: int, n_tokens: int, constrained: bool) -> Engine:
@@ -256,9 +252,11 @@ def _served(loaded: Loaded, texts: Sequence[Text], asked: Sequence[Request]) -> 
         while engine.busy:
             new = [""] * len(texts)
             for event in engine.step():
+                i = places[event.number]
+                if texts[i].reason:  # a stop string, in the middle of a draft
+                    continue
                 if event.reason == "failed":
                     raise ArithmeticError(UNFOLLOWED if constrained else OVERFLOWED)
-                i = places[event.number]
                 new[i] += texts[i].take(event)
                 if texts[i].reason:
                     engine.cancel(event.number)

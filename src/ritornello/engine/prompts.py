@@ -149,7 +149,13 @@ def _asked(row: dict[str, Any], number: str, loaded: Loaded, options: Mapping[st
     if "logit_bias" in row:
         own["logit_bias"] = tuple(sorted((int(token), bias) for token, bias in checked.logit_bias.items()))
     own["exit"] = _exit(checked, row, options.get("exit"))
-    if any(name in row for name in DRAFT):
+    require(
+        "draft_loops" in row or "draft_tokens" not in row,
+        "draft_tokens",
+        row.get("draft_tokens"),
+        "used with draft_loops",
+    )
+    if "draft_loops" in row:
         own["draft"] = (
             None if checked.draft_loops is None else Draft(n_loops=checked.draft_loops, n_tokens=checked.draft_tokens)
         )

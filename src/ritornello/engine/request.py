@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ritornello.config import ExitRule, require, require_float, require_int
+from ritornello.config import ExitRule, ModelConfig, require, require_float, require_int
 from ritornello.engine.constraints import Constraint
 from ritornello.engine.sampling import Sampling
+from ritornello.model.halting import check_exit
+
+CHUNK = 64  # tokens of a prompt that enter the loop at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,9 @@ class Draft:
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """prompt: token ids, or tuples of them for a model with several token tables, which gives one answer: max_tokens
-    is 1. n_loops: of each token, with `exit` the most it may take; None: the model's own. loop_budget: loops of a
-    written token in the mean; one may take what those before it left, n_loops at most. constraint: what the text is;
+    is 1. n_loops: of each token, with `exit` the most it may take; None: the model's own. loop_budget: loops in the
+    mean of those that Events tell, at any time; a token may take what those before it left, n_loops at most, and those
+    of the prompt but its last take all. constraint: what the text is;
     where it may end, the end of the document is among the tokens. The text ends before one of the `stop` tokens, or
     after max_tokens."""
 
@@ -43,6 +47,11 @@ class Request:
     n_logprobs: int | None = None  # the token's log-probability comes back, and so many of the likeliest
 
     def __post_init__(self) -> None:
+        kinds = {"exit": ExitRule, "draft": Draft, "constraint": Constraint, "sampling": Sampling, "stop": frozenset}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            ok = isinstance(value, kind) or (value is None and name in ("exit", "draft", "constraint"))
+            require(ok, name, value, f"a {kind.__name__}")
         require(len(self.prompt) > 0, "prompt", self.prompt, "at least one token")
         require_int("max_tokens", self.max_tokens, 1)
         if self.n_logprobs is not None:
@@ -61,6 +70,20 @@ class Request:
     @property
     def min_loops(self) -> int:
         return 1 if self.exit is None else self.exit.min_loops
+
+
+def check_depth(config: ModelConfig, request: Request, n_loops: int, *, chunk: int = CHUNK) -> None:
+    """Whether a model of this kind can give the request the depth it asks for, n_loops at most. Raises ValueError."""
+    check_exit(config, request.exit)
+    require(request.min_loops <= n_loops, "min_loops", request.min_loops, f"<= n_loops ({n_loops})")
+    if request.loop_budget is not None:
+        ok = not config.is_plain and request.loop_budget <= n_loops
+        require(ok, "loop_budget", request.loop_budget, f"at most n_loops ({n_loops}), of a model that loops")
+    if request.draft is not None:
+        ok = config.read_out == "last" and not config.is_plain and request.draft.n_loops < n_loops
+        allowed = f"fewer than n_loops ({n_loops}), of a model that loops and reads out the last state"
+        require(ok, "draft.n_loops", request.draft.n_loops, allowed)
+        require_int("draft.n_tokens", request.draft.n_tokens, 1, chunk - 1)
 
 
 @dataclass(frozen=True)
