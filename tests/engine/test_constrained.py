@@ -85,6 +85,11 @@ def test_in_a_file(tmp_path: Path) -> None:
     found = {row["id"]: row for row in map(json.loads, target.read_text().splitlines())}
     assert re.fullmatch(REGEX, found["1"]["text"]) and set(json.loads(found["2"]["text"])) == {"n", "é"}
     assert sum(found["3"]["loops"]) <= 1.5 * 8
+    for bad in ('"regex": "("', '"draft_loops": 3', '"draft_loops": 1, "draft_tokens": 99', '"loop_budget": 8'):
+        source.write_text('{"prompt": "a"}\n' * 3 + '{"prompt": "a", ' + bad + "}\n")
+        with pytest.raises(ValueError, match=r"in\.jsonl:4: "):
+            run_file(small(), source, tmp_path / "other.jsonl")
+        assert not (tmp_path / "other.jsonl").exists()
     source.write_text('{"prompt": "a", "regex": "("}\n')
     with pytest.raises(ValueError, match=r"in\.jsonl:1: regex"):
         run_file(small(), source, tmp_path / "other.jsonl")
@@ -104,7 +109,10 @@ def test_a_constraint_that_is_lost_ends_its_text_only(monkeypatch: pytest.Monkey
     monkeypatch.setattr(matcher, "allowed", lost)
     reasons = {event.number: event.reason for event in engine.run()}
     assert reasons == {first: "failed", second: "length"}
-    with pytest.raises(ValueError, match=r"constraint = .*: must be served with grammars"):
+    third = engine.submit(Request(prompt=[1], max_tokens=4, constraint=Constraint(regex="[ab]{9}")))
+    monkeypatch.setattr(engine.waiting[0].matcher, "push", lambda token: lost())
+    assert [(event.number, event.reason) for event in engine.run()] == [(third, "failed")]
+    with pytest.raises(ValueError, match=r"constraint = .*: must be asked of an Engine"):
         Engine(loaded.model).submit(Request(prompt=[1], constraint=Constraint(regex="a")))
     with pytest.raises(ArithmeticError, match="no token may follow"):
         monkeypatch.setattr("ritornello.engine.sequence.Sequence.allowed", lambda self, place: lost())

@@ -3,15 +3,18 @@
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from ritornello.config import ExitRule
 from ritornello.engine.engine import EXACT, Engine
+from ritornello.engine.generate import generate
 from ritornello.engine.request import Draft, Request
 from ritornello.engine.sampling import NO_TOKEN, Sampling
 from tests.engine.kinds import KINDS, alone, answers, is_empty, made, prompts
+from tests.engine.test_generate import small
 
 LOOPING = [kind for kind in KINDS if kind not in ("plain", "act", "act exits")]
 
@@ -146,6 +149,32 @@ def test_ends_in_the_middle_of_a_draft() -> None:
         number = engine.submit(replace(request, draft=Draft(n_loops=2, n_tokens=3), **how))
         assert answers(engine, [number])[number][0] == tokens[:end]
         assert is_empty(engine)
+
+
+def test_a_stop_string_in_the_middle_of_a_draft() -> None:
+    loaded = small(max_seq_len=64)
+    draft, ended = Draft(n_loops=2, n_tokens=6), 0
+    for seed in range(12):
+        how: dict[str, Any] = {"max_tokens": 30, "seed": seed}
+        free = generate(loaded, ["a", "bb"], **how)
+        stop = free[0].text[4:6]
+        plain = generate(loaded, ["a", "bb"], **how, stop=stop)
+        assert generate(loaded, ["a", "bb"], **how, stop=stop, draft=draft) == plain
+        ended += plain[0].reason == "stop"
+    assert ended > 6
+
+
+def test_a_draft_is_not_overtaken_for_ever() -> None:
+    """One that begins with its prompt, beside requests that never cease."""
+    model, _ = made("gqa")
+    engine = Engine(model, chunk=7, tick_tokens=8)
+    late = engine.submit(Request(prompt=[5], max_tokens=8, n_loops=4, draft=Draft(n_loops=1, n_tokens=6)))
+    for tick in range(400):
+        while len(engine.waiting) + len(engine.running) < 7:
+            engine.submit(Request(prompt=[tick % 30], max_tokens=8))
+        if any(event.number == late for event in engine.step()):
+            break
+    assert tick < 300, "never served"
 
 
 def test_a_guess_that_is_no_number() -> None:

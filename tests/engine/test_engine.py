@@ -126,6 +126,11 @@ def test_ticks_mix_loops() -> None:
         ({"sampling": Sampling(logit_bias=((36, 1.0),))}, "logit_bias"),
         ({"n_logprobs": 21}, "n_logprobs"),
         ({"n_logprobs": True}, "n_logprobs"),
+        ({"stop": 3}, "stop"),
+        ({"exit": "kl"}, "exit"),
+        ({"sampling": {}}, "sampling"),
+        ({"draft": 2}, "draft"),
+        ({"constraint": "[a-z]"}, "constraint"),
     ],
 )
 def test_what_cannot_be_done_is_refused(bad: dict[str, Any], said: str) -> None:
@@ -181,6 +186,41 @@ def test_what_breaks_in_the_middle_changes_no_text(monkeypatch: pytest.MonkeyPat
         for number, request in zip(numbers, requests, strict=True):
             assert found[number] == alone(model, request)[0]
         assert is_empty(engine)
+
+
+def test_no_token_of_a_step_that_fails_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = made("gqa")
+    engine, real, calls = Engine(model), Engine._push, iter(range(10**6))
+    requests = [Request(prompt=[i], max_tokens=4) for i in range(3)]
+    found: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) in (4, 8):
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(Engine, "_push", failing)
+    n_failures = 0
+    while engine.busy:
+        try:
+            for event in engine.step():
+                found[event.number] += [] if event.token is None else [event.token]
+        except MemoryError:
+            n_failures += 1
+    assert n_failures == 2 and list(found.values()) == [alone(model, request)[0] for request in requests]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_prompts_as_large_as_a_tick_in_a_full_memory(seed: int) -> None:
+    rng, (model, _) = random.Random(seed), made("gqa")
+    requests = [Request(prompt=[i, 1], max_tokens=rng.randint(20, 40)) for i in range(rng.randint(2, 4))]
+    requests += [Request(prompt=rng.choices(range(30), k=rng.randint(25, 40)), max_tokens=3) for _ in range(2)]
+    rows = Engine(model).layout.most_rows(63) + rng.randrange(9)
+    engine = Engine(model, chunk=8, tick_tokens=8, n_rows=rows)
+    numbers = [engine.submit(replace(request, sampling=Sampling(seed=i))) for i, request in enumerate(requests)]
+    found = answers(engine, numbers)
+    last = numbers[-1]
+    assert found[last] == alone(model, replace(requests[last], sampling=Sampling(seed=last))) and is_empty(engine)
 
 
 def test_nobody_starves() -> None:

@@ -196,7 +196,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._events)
 
     def run(self) -> Iterator[Event]:
         """Until nothing is left to do."""
