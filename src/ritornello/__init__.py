@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ritornello.engine.batch import run_file
     from ritornello.engine.calibrate import calibrate
     from ritornello.engine.calibration import calibrated
-    from ritornello.engine.constraints import Constraint
+    from ritornello.engine.constraints import Constraint, Grammars
     from ritornello.engine.engine import Engine
     from ritornello.engine.generate import Generation, Loaded, generate, load, stream
     from ritornello.engine.quantize import quantize
@@ -41,7 +41,7 @@ _HOMES = {
     "engine.batch": ("run_file",),
     "engine.calibrate": ("calibrate",),
     "engine.calibration": ("calibrated",),
-    "engine.constraints": ("Constraint",),
+    "engine.constraints": ("Constraint", "Grammars"),
     "engine.engine": ("Engine",),
     "engine.request": ("Draft", "Event", "Request"),
     "engine.generate": ("Generation", "Loaded", "generate", "load", "stream"),

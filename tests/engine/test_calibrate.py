@@ -297,8 +297,10 @@ def test_the_commands(trained: Path, folder: Path, capsys: pytest.CaptureFixture
     exit = read(trained / EXIT)
     by_hand = ("--exit", "kl", "--exit-threshold", repr(exit.threshold), "--loops", 6)
     code, out, err = command(capsys, "generate", trained, "--exit", "calibrated", *text)
-    assert (code, err) == (0, "") and out == command(capsys, "generate", trained, *by_hand, *text)[1]
-    for wrong, hint in (("--loops=4", "--loops = 4: must be 6"), ("--min-loops=2", "used with --exit RULE")):
+    assert (
+        code == 0 and "with 90% confidence" in err and out == command(capsys, "generate", trained, *by_hand, *text)[1]
+    )
+    for wrong, hint in (("--loops=4", "--loops = 4: must be 6"), ("--min-loops=2", "left out: what is calibrated")):
         code, _, err = command(capsys, "generate", trained, "--exit", "calibrated", wrong, *text)
         assert code == 2 and hint in err
 
@@ -308,7 +310,7 @@ def test_where_none_holds_no_file_is_written(trained: Path, folder: Path, capsys
     code, out, err = command(capsys, "calibrate", trained, "--tokens", 24 * 20, *how)
     assert code == 2 and "yes" not in out and err.count("\n") == 1
     assert "none holds: use full depth; " in err
-    assert "sequences would be enough" in err and "20 were tested" in err and "--tokens " in err
+    assert "would need about" in err and "20 were tested" in err and "--tokens " in err
     code, out, err = command(capsys, "calibrate", trained, "--risk", 1e-9, "--min-loops", 3, *how)
     assert code == 2 and err.count("\n") == 1
     assert not (trained / EXIT).exists()

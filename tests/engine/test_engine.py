@@ -89,7 +89,7 @@ def test_an_early_exit_holds_few_rows() -> None:
         engine.submit(replace(request, exit=rule))
         peak = 0
         with torch.inference_mode():
-            while engine.busy:
+            while engine.waiting or engine.running:
                 engine._enter()
                 engine._loop()
                 peak = max(peak, engine.pages.n_used)

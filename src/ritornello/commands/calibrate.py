@@ -40,7 +40,7 @@ class Calibrate(Command):
 
     def run(self) -> None:
         from ritornello.engine.calibrate import calibrate
-        from ritornello.engine.calibration import save
+        from ritornello.engine.calibration import EXIT, save
         from ritornello.engine.generate import load
         from ritornello.recipes import find_model
 
@@ -61,7 +61,8 @@ class Calibrate(Command):
             )
         show(outcome)
         if outcome.calibration is None:
-            raise ValueError(outcome.shortfall())
+            stays = (path / EXIT).exists()
+            raise ValueError(outcome.shortfall() + (f"; {path / EXIT} of before stays" if stays else ""))
         save(outcome.calibration, path)
         print(outcome.calibration)
 

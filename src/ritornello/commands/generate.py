@@ -1,5 +1,6 @@
 """ritornello generate"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -70,6 +71,8 @@ class Generate(Command):
             found = calibration_of(loaded)
             exit_rule, n_loops = found.exit, found.goal.n_loops
             require(self.loops in (None, n_loops), "--loops", self.loops, f"{n_loops}, which the calibration is for")
+            if not self.common.quiet:
+                print(found, file=sys.stderr)
         options: dict[str, Any] = {
             "max_tokens": self.max_tokens,
             "n_loops": n_loops,
@@ -89,12 +92,17 @@ class Generate(Command):
             given = {} if self.draft_tokens is None else {"n_tokens": self.draft_tokens}
             options["draft"] = Draft(n_loops=self.draft_loops, **given)
         if self.prompt is None:
-            self.answer(loaded, options)
+            self.answer(loaded, options | ({"depth_is_fixed": True} if self.exit == CALIBRATED else {}))
             return
+        texts: list[Any] = []
+        if constraint is not None:
+            options["observer"] = texts.append
         pieces = stream(loaded, self.prompt, **options)
         for piece in ["".join(pieces)] if self.no_stream else pieces:
             print(piece, end="", flush=True)
         print()
+        if texts and texts[0].reason == "length":
+            print(f"cut after {len(texts[0].tokens)} tokens: only the beginning of what was asked for", file=sys.stderr)
 
     def constraint(self) -> "Constraint | None":
         """What the text is; None: anything."""
@@ -134,8 +142,9 @@ class Generate(Command):
     def exit_rule(self) -> ExitRule | None:
         """None forces the depth, or leaves the rule to a calibration."""
         if self.exit in (None, CALIBRATED):
-            require(self.min_loops == 1, "--min-loops", self.min_loops, "used with --exit RULE")
-            require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, "used with --exit RULE")
+            allowed = "used with --exit RULE" if self.exit is None else "left out: what is calibrated has its own"
+            require(self.min_loops == 1, "--min-loops", self.min_loops, allowed)
+            require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, allowed)
             return None
         require_choice("--exit", self.exit, (*get_args(ExitName), CALIBRATED))
         rule: ExitName = self.exit  # type: ignore[assignment]

@@ -36,6 +36,7 @@ def run_file(
     output: str | Path,
     *,
     observer: Callable[[int, int], object] = lambda done, total: None,
+    depth_is_fixed: bool = False,
     **options: Unpack[FileWishes],
 ) -> Counter[str]:
     """Answer every line of `input` (see `prompts.Line`) by a line of `output`, written once it is complete. Returns how
@@ -47,6 +48,7 @@ def run_file(
 
     Args:
         observer: is told how many lines are answered, and of how many.
+        depth_is_fixed: no line may ask for another depth, as where `exit` was calibrated.
     Raises:
         ValueError: a line that is no request, before anything is computed; an output that another process writes to,
             or with answers to other requests or of another model.
@@ -58,7 +60,7 @@ def run_file(
     model, before = fingerprint(loaded), stamp(source)
     keys: dict[str, str] = {}
     n_tokens, deepest, constrained = 0, 1, False
-    for asked in read(source, loaded, options, model):
+    for asked in read(source, loaded, options, model, depth_is_fixed=depth_is_fixed):
         keys[asked.id] = asked.key
         n_tokens, deepest = n_tokens + room(loaded, asked.request), max(deepest, asked.request.n_loops or 1)
         constrained = constrained or asked.request.constraint is not None
@@ -70,7 +72,7 @@ def run_file(
         if len(done) == len(keys):
             return reasons
         engine = engine_for(loaded, n_loops=deepest, n_tokens=n_tokens, constrained=constrained)
-        again = _unchanged(source, before, read(source, loaded, options, model))
+        again = _unchanged(source, before, read(source, loaded, options, model, depth_is_fixed=depth_is_fixed))
         for answer in _answers(loaded, engine, (asked for asked in again if asked.id not in done)):
             files.append(target, answer.line())
             reasons[answer.text.reason] += 1

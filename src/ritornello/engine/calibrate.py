@@ -70,8 +70,9 @@ class Outcome:
         what = f"{goal.condition(first.threshold)}, the most careful threshold,"
         if (n := n_needed(first.mean_risk, goal.risk, goal.level)) is None:
             return f"none holds: use full depth; {what} has a risk of {goal.shown(first.mean_risk)}: allow more"
-        enough = f"about {n} sequences would be enough for {what} and {self.n_sequences} were tested"
-        return f"none holds: use full depth; {enough}: --tokens {n * self.seq_len}"
+        n = max(2 * n, n + 64)  # its risk may turn out higher next time
+        enough = f"{what} would need about {n} sequences, {self.n_sequences} were tested"
+        return f"none holds: use full depth; {enough}: --tokens {n * self.seq_len}, of text that has so many"
 
 
 def calibrate(

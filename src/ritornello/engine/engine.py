@@ -308,10 +308,10 @@ class Engine:
 
     def _loop(self) -> None:
         """The block, once."""
-        n = -1
-        while n != len(self.active):  # whoever starts over leaves
-            n, runs = len(self.active), self._runs()
-            moving = self._take(self.layout.recurrent, self.active.where(runs))
+        n, runs = len(self.active), self._runs()
+        moving = self._take(self.layout.recurrent, self.active.where(runs))
+        if len(self.active) < n:  # whoever starts over has left
+            runs = self._runs()
         if not len(moving):
             return
         self.n_token_loops += len(moving)
@@ -355,7 +355,8 @@ class Engine:
                 continue
             members = np.flatnonzero(tokens.rule == kind)
             members = np.resize(members, len(tokens)) if self.exact else members  # as many as in every pass
-            some, rule = self._tensor(members), None
+            some = self._tensor(members)
+            rule: Any = None
             if kind >= 0:
                 threshold = torch.tensor(tokens.threshold[members].tolist(), dtype=out.dtype, device=self.device)[None]
                 rule = _Rules(RULES[kind], threshold, self._tensor(tokens.min_loops[members])[None])

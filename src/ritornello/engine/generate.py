@@ -1,6 +1,6 @@
 """Continue texts with a trained model: one text step by step, several by the engine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
 from ritornello.engine.request import Draft, Request, check_depth
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
-from ritornello.engine.text import Text
+from ritornello.engine.text import Generation, Text
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, tensors
@@ -39,16 +39,6 @@ class Loaded:
     recipe: Recipe
     path: Path | None = None
     manifest: checkpoint.Manifest | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The continuation; its tokens; the loops each took; why it ended: `stop`, `end` (of the document) or `length`."""
-
-    text: str
-    tokens: list[int]
-    loops: list[int]
-    reason: str
 
 
 def load(path: str | Path, *, device: str = "auto", weights: Weights | None = None) -> Loaded:
@@ -148,14 +138,23 @@ class Options(Wishes, total=False):
     use_cache: bool  # True; False computes everything anew for each token, to compare with
 
 
-def stream(loaded: Loaded, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece; joined, the text that `generate` returns.
+def stream(
+    loaded: Loaded, prompt: str, *, observer: Callable[[Generation], object] | None = None, **options: Unpack[Options]
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece; joined, the text that `generate` returns, of which `observer`
+    is told at the end.
 
     Raises:
         ValueError: an argument out of range, before anything is computed.
     """
-    _, steps = _start(loaded, [prompt], **options)
-    return (piece for pieces in steps for piece in pieces if piece)
+    (text,), steps = _start(loaded, [prompt], **options)
+
+    def pieces() -> Iterator[str]:
+        yield from (piece for pieces in steps for piece in pieces if piece)
+        if observer is not None:
+            observer(text.generation)
+
+    return pieces()
 
 
 @overload
@@ -171,7 +170,7 @@ def generate(loaded: Loaded, prompts: str | Sequence[str], **options: Unpack[Opt
     texts, steps = _start(loaded, [prompts] if isinstance(prompts, str) else prompts, **options)
     for _ in steps:
         pass
-    results = [Generation(text.text, text.tokens, text.loops, text.reason) for text in texts]
+    results = [text.generation for text in texts]
     return results[0] if isinstance(prompts, str) else results
 
 

@@ -62,6 +62,7 @@ EXIT = ("exit", "exit_threshold", "min_loops")
 DRAFT = ("draft_loops", "draft_tokens")
 CONSTRAINT = ("json_schema", "regex")
 OTHERS = ("prompt", "id", "loops", "logit_bias", "logprobs", *EXIT, *DRAFT, *CONSTRAINT)
+DEPTH = ("loops", "loop_budget", *EXIT, *DRAFT)
 AS_THEY_ARE = tuple(name for name in KEYS if name not in OTHERS)
 
 
@@ -75,7 +76,9 @@ class Asked:
     stop: list[str]
 
 
-def read(path: Path, loaded: Loaded, options: Mapping[str, Any], model: str) -> Iterator[Asked]:
+def read(
+    path: Path, loaded: Loaded, options: Mapping[str, Any], model: str, *, depth_is_fixed: bool = False
+) -> Iterator[Asked]:
     """The requests of a file, in order. options: what `requests` takes, for lines that say nothing of it; model:
     `fingerprint(loaded)`. Blank lines are left out.
 
@@ -89,6 +92,8 @@ def read(path: Path, loaded: Loaded, options: Mapping[str, Any], model: str) -> 
             continue
         where = f"{path}:{number}"
         row = parsed(data, where)
+        for name in DEPTH if depth_is_fixed else ():
+            require(name not in row, f"{where}: {name}", row.get(name), "left out: a calibrated exit is for one depth")
         try:
             asked = _asked(row, str(number), loaded, options, model)
             require(asked.id not in ids, "id", asked.id, "another than those of the lines before")

@@ -1,9 +1,20 @@
 """A text as it grows: its tokens decoded, its stop strings, why it ends."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ritornello.engine.request import Event
 from ritornello.train.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The continuation; its tokens; the loops each took; why it ended: `stop`, `end` (of the document) or `length`."""
+
+    text: str
+    tokens: list[int]
+    loops: list[int]
+    reason: str
 
 
 class Text:
@@ -16,6 +27,10 @@ class Text:
         self.loops: list[int] = []
         self.text = self.held = ""
         self.reason = ""
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(self.text, self.tokens, self.loops, self.reason)
 
     def take(self, event: Event) -> str:
         """Take what the engine tells of it; return the text that is now certain."""

@@ -61,4 +61,5 @@ class Tokens:
         return np.array_equal(self.slot, others.slot) and np.array_equal(self.place, others.place)
 
 
-NOBODY = Tokens(*[np.zeros(0, np.int64)] * 6, np.zeros(0), np.zeros(0, np.int64))
+NO = np.zeros(0, np.int64)
+NOBODY = Tokens(NO, NO, NO, NO, NO, NO, np.zeros(0), NO)
