@@ -240,8 +240,16 @@ def drafts(given: Load, *, n: int) -> Iterator[dict[str, Any]]:
         same = statistics.mean(a == b for a, b in zip(tokens, expected, strict=True))
         assert same > 0.8, f"only {same:.0%} of the texts are the same"
         metric = f"seconds, batch 1, {draft.n_loops} loops guess {draft.n_tokens} tokens, {agreed:.0%} agreed with"
-        found = paired(partial(alone, drafted), partial(alone, plain), n=n)
-        yield given.common | _row(metric, asdict(found), "the engine without a draft")
+        for name, side in (("the engine", partial(alone, plain)), ("generate", partial(step_by_step, model, plain))):
+            found = paired(partial(alone, drafted), side, n=n)
+            yield given.common | _row(metric, asdict(found), f"{name} without a draft")
+
+
+def step_by_step(model: RecurrentDepthTransformer, asked: Sequence[Request]) -> None:
+    """As `generate` writes a text that is alone."""
+    for request in asked:
+        for _ in decode(model, [request.prompt], n_new=request.max_tokens, sampling=request.sampling):
+            pass
 
 
 def beside_openmythos(*, n: int, n_new: int = 16) -> Iterator[dict[str, Any]]:
