@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -265,6 +266,14 @@ def beside_openmythos(*, n: int, n_new: int = 16) -> Iterator[dict[str, Any]]:
         theirs()
         stop()
         assert len(loops) == config.n_loops * n_new, loops
-        found = paired(partial(depthwise, model, asked, [0.0] * len(asked)), theirs, n=n)
-        common = {"bench": "engine", "shape": "S1", "attention": attention, "dtype": "fp32"}
-        yield common | _row(f"seconds for 16 texts of {n_new} tokens", asdict(found), f"{peers.OPENMYTHOS} generate")
+        compiled = deepcopy(model)
+        compiled.compile(unroll=True)
+        torch.compiler.reset()
+        at_once = [0.0] * len(asked)
+        sides = {"by the engine": partial(depthwise, model, asked, at_once)}
+        sides["compiled, in lockstep"] = partial(lockstep, compiled, asked, at_once)
+        for how, ours in sides.items():
+            found = paired(ours, theirs, n=n, warmup=2)
+            common = {"bench": "engine", "shape": "S1", "attention": attention, "dtype": "fp32"}
+            metric = f"seconds for 16 texts of {n_new} tokens, {how}"
+            yield common | _row(metric, asdict(found), f"{peers.OPENMYTHOS} generate")
