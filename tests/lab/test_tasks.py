@@ -5,18 +5,25 @@ import pytest
 
 from ritornello.config import pick
 from ritornello.lab.tasks import TASKS, Problems, Split, Task
+from ritornello.lab.tasks.addition import Addition
 from ritornello.lab.tasks.base import Ids, draw_split, is_test
 from ritornello.lab.tasks.chains import Chains
 from ritornello.lab.tasks.cyclic import Cyclic
 from ritornello.lab.tasks.facts import Facts
+from ritornello.lab.tasks.formulas import Formulas
 from ritornello.lab.tasks.graphs import ForestTask, GraphTask
+from ritornello.lab.tasks.induction import Induction
 from ritornello.lab.tasks.parity import Parity
+from ritornello.lab.tasks.reachability import Reachability
 from ritornello.lab.tasks.s5 import PERMUTATIONS, PRODUCTS, S5WordProblem
 from ritornello.lab.tasks.trees import Trees
+from ritornello.lab.tasks.walks import Walks
 from ritornello.lab.tasks.words import WordTask
 from ritornello.train.data import NO_LABEL
 
+VARIANTS: dict[str, Task] = {f"walks-{kind}": Walks(kind=kind) for kind in ("mixed", "out")}  # their tests differ only
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+every_variant = pytest.mark.parametrize("task", [*TASKS.values(), *VARIANTS.values()], ids=[*TASKS, *VARIANTS])
 every_split = pytest.mark.parametrize("split", ["train", "test"])
 
 
@@ -39,7 +46,7 @@ def sides(task: Task, tokens: Ids, hops: Ids) -> list[bool]:
     return np.unique(is_test(task.keys(tokens, hops))).tolist()
 
 
-@every_task
+@every_variant
 @every_split
 def test_the_seed_decides(task: Task, split: Split) -> None:
     def bits(seed: int) -> bytes:
@@ -50,7 +57,7 @@ def test_the_seed_decides(task: Task, split: Split) -> None:
     assert bits(0) != bits(1)  # control
 
 
-@every_task
+@every_variant
 @every_split
 def test_the_oracle_agrees(task: Task, split: Split) -> None:
     hops = some_hops(task)
@@ -62,7 +69,7 @@ def test_the_oracle_agrees(task: Task, split: Split) -> None:
     assert 0.99 < score(found.answers, solved) < 1  # control: one wrong answer is noticed
 
 
-@every_task
+@every_variant
 @every_split
 def test_shapes_and_ranges(task: Task, split: Split) -> None:
     hops = some_hops(task)
@@ -85,7 +92,8 @@ def test_train_and_test_are_apart(task: Task) -> None:
     train, test = (draw(task, hops, split=split) for split in ("train", "test"))
     assert sides(task, train.tokens, hops) == [False]
     assert sides(task, test.tokens, hops) == [True]
-    undivided = np.concatenate([task.draw(np.random.default_rng(0), hops) for _ in range(10)])
+    rng = np.random.default_rng(0)
+    undivided = np.concatenate([task.draw(rng, hops) for _ in range(10)])
     assert 1 / 16 < is_test(undivided).mean() < 1 / 4  # control: without the split, both sides occur
 
 
@@ -100,16 +108,20 @@ def test_easy_problems_that_cannot_be_divided_are_in_both_splits(task: Task) -> 
 
 @every_task
 def test_how_a_problem_is_presented_does_not_move_it(task: Task) -> None:
-    """Edges in another order; or a word beside longer ones, so with more padding; or questions in another order."""
+    """Edges in another order; a row beside longer ones, so with more padding; digits of the other number; questions in
+    another order; or with the hops told."""
     hops = np.full(50, task.shared_hops + 4)
     found = draw(task, hops, split="test")
-    if isinstance(task, GraphTask):
-        order = np.random.default_rng(1).permutation(task.n_nodes)
-        again = np.concatenate([found.tokens[:, order], found.tokens[:, task.n_nodes :]], axis=1)
-    elif isinstance(task, WordTask):
-        again = np.pad(found.tokens, ((0, 0), (0, 3)), constant_values=task.n_symbols)
+    if isinstance(task, GraphTask | Reachability):
+        n_edges = task.n_edges if isinstance(task, Reachability) else task.n_nodes
+        order = np.random.default_rng(1).permutation(n_edges)
+        again = np.concatenate([found.tokens[:, order], found.tokens[:, n_edges:]], axis=1)
+    elif isinstance(task, WordTask | Walks | Formulas):
+        again = np.pad(found.tokens, ((0, 0), (0, 3)), constant_values=task.vocab_size - 1)
+    elif isinstance(task, Addition):
+        again = found.tokens[..., ::-1]
     else:
-        again = found.tokens[:, ::-1]
+        again = task.tell(found) if isinstance(task, Induction) else found.tokens[:, ::-1]
     assert again.tobytes() != found.tokens.tobytes()
     assert sides(task, again, hops) == [True]
     size = task.n_symbols if isinstance(task, WordTask) else getattr(task, "n_nodes", task.vocab_size)
@@ -137,11 +149,10 @@ def test_chance_is_what_guessing_gets(task: Task) -> None:
     found = draw(task, np.full(600, task.train_hops))
     rng = np.random.default_rng(1)
     asked = found.answers != NO_LABEL
-    if isinstance(task, ForestTask):
-        terminal = np.zeros(asked.shape, dtype=bool)
-        terminal[:, task.n_nodes :] = found.hops[:, task.n_nodes :] == 0
+    if isinstance(task, ForestTask | Reachability):
+        terminal = asked & (found.hops == 0)
         draws = np.where(terminal[:, None], rng.random((len(asked), asked.shape[1], asked.shape[1])), -1)
-        guesses = draws.argmax(axis=2) - task.n_nodes
+        guesses = np.take_along_axis(found.answers, draws.argmax(axis=2), axis=1)
     else:
         guesses = rng.choice(np.unique(found.answers[asked]), size=asked.shape)
     spread = (task.chance / asked.sum()) ** 0.5
@@ -291,6 +302,11 @@ def test_other_bad_arguments_are_named() -> None:
         "n_roots": lambda: Trees(n_roots=1),
         "max_hops": lambda: Parity(max_hops=0),
         "seed": lambda: Facts(seed=-1),
+        "n_relations": lambda: Walks(n_relations=4),
+        "kind": lambda: Walks(kind="inside"),  # pyrefly: ignore
+        "length": lambda: Induction(length=20),
+        "n_digits": lambda: Addition(n_digits=7),
+        "n_side": lambda: Reachability(n_side=5),
     }.items():
         with pytest.raises(ValueError, match=f"{name} = "):
             make()

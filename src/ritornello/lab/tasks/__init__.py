@@ -4,13 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ritornello.config import pick
+from ritornello.lab.tasks.addition import Addition
 from ritornello.lab.tasks.base import Problems, Split, Task
 from ritornello.lab.tasks.chains import Chains
 from ritornello.lab.tasks.cyclic import Cyclic
 from ritornello.lab.tasks.facts import Facts
+from ritornello.lab.tasks.formulas import Formulas
+from ritornello.lab.tasks.induction import Induction
 from ritornello.lab.tasks.parity import Parity
+from ritornello.lab.tasks.reachability import Reachability
 from ritornello.lab.tasks.s5 import S5WordProblem
 from ritornello.lab.tasks.trees import Trees
+from ritornello.lab.tasks.walks import Walks
 
 __all__ = ["TASKS", "Problems", "Split", "Task", "build_task"]
 
@@ -21,6 +26,11 @@ TASKS: dict[str, Task] = {
     "parity": Parity(),
     "s5": S5WordProblem(),
     "facts": Facts(),
+    "walks": Walks(),
+    "induction": Induction(),
+    "addition": Addition(),
+    "reachability": Reachability(),
+    "formulas": Formulas(),
 }
 
 
