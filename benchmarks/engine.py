@@ -253,8 +253,8 @@ def step_by_step(model: RecurrentDepthTransformer, asked: Sequence[Request]) -> 
             pass
 
 
-def beside_openmythos(*, n: int, n_new: int = 16) -> Iterator[dict[str, Any]]:
-    """Sixteen texts by its `generate`, all loops on both sides."""
+def beside_openmythos(*, n: int, n_new: int = 64) -> Iterator[dict[str, Any]]:
+    """Sixteen texts by its `generate`, as long as it writes if not told otherwise, all loops on both sides."""
     for attention in ("gqa", "mla"):
         config = mixture("S1", attention=attention)
         peer: Any = peers.openmythos(config).eval()
