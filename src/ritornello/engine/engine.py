@@ -252,9 +252,11 @@ class Engine:
 
     def _beginning(self, room: int) -> Iterator[Sequence]:
         """Sequences that begin now, while there is room; nobody overtakes one for whom there are no rows."""
+        if not self.waiting or room <= 0:
+            return
         coming = sum(len(s.tokens) + 1 - s.left for s in self.running)
         computing = {key for s in self.running for key in s.keys[s.left // BLOCK :]}
-        for sequence in self.waiting.copy() if room > 0 else ():
+        for sequence in self.waiting.copy():
             if not self._has_room(coming + len(sequence.tokens) + 1):
                 return
             keys = sequence.keys[: (len(sequence.tokens) - 1) // BLOCK]  # the last token has to run
@@ -309,7 +311,7 @@ class Engine:
     def _loop(self) -> None:
         """The block, once."""
         n, runs = len(self.active), self._runs()
-        moving = self._take(self.layout.recurrent, self.active.where(runs))
+        moving = self._take(self.layout.recurrent, self.active if runs.all() else self.active.where(runs))
         if len(self.active) < n:  # whoever starts over has left
             runs = self._runs()
         if not len(moving):
@@ -320,17 +322,21 @@ class Engine:
             self._before = self._together(everything)
         together = self._before
         lanes, loops = together.lanes, everything.loop
-        loop, last = self._tensor(loops)[None], self._tensor(loops + 1 >= everything.depth)[None]
+        ends = loops + 1 >= everything.depth
         before, e = self.lanes.get("h", lanes), self.lanes.get("e", lanes)
         alike = not self.exact and bool((loops == loops[0]).all())  # low-rank deltas are then a slice
+        loop: Any = int(loops[0]) if alike else self._tensor(loops)[None]
         tick = Tick(self.tables, everything, together.plans)
-        now, _ = self.model.loop_once(before, e, int(loops[0]) if alike else loop, together.context, tick)
+        now, _ = self.model.loop_once(before, e, loop, together.context, tick)
         self.lanes.put("h", lanes, now)
-        ends, out = last, self.model.carry.mean(now)
+        out = self.model.carry.mean(now)
         if self._halts or (moving.rule >= 0).any():
-            ends, out = self._halt(everything, lanes, now, before, loop, last)
+            halted, out = self._halt(
+                everything, lanes, now, before, self._tensor(loops)[None], self._tensor(ends)[None]
+            )
+            ends = halted[0].cpu().numpy()
         self.lanes.put("out", lanes, out)
-        self._sort_out(runs, ends[0].cpu().numpy()[: len(moving)])
+        self._sort_out(runs, ends[: len(moving)])
 
     def _runs(self) -> np.ndarray:
         """Which of the active tokens run: those of a draft wait after its few loops until it is complete."""
@@ -375,6 +381,9 @@ class Engine:
         """Of the active tokens those that `ran` are a loop further; those that have left the loop wait for the coda."""
         done, active = ran.copy(), self.active
         done[ran] = ends
+        if not ends.any():
+            self.active = replace(active, loop=active.loop + ran)
+            return
         left = active.where(done)
         self.tables.halt(left.slot, left.place, left.loop)
         self.tables.lanes[left.slot, left.place] = left.lane

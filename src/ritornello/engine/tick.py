@@ -28,6 +28,7 @@ class Plan:
     spans: Rows
     longest: int
     mask: Tensor | None
+    is_row: bool  # see `ops.ragged`
 
 
 def planned(tokens: Tokens, device: torch.device, *, apart: bool = False) -> list[Plan]:
@@ -59,7 +60,8 @@ def _plan(places: Rows, starts: Rows, sizes: Rows, spans: Rows, apart: bool, dev
     seen = np.arange(longest) <= places[numbers][..., None]
     whole = not apart and (sizes == spans).all() and (spans == longest).all()  # prompts from their first token on
     mask = None if whole or (numbers.shape[1] == 1 and not apart and seen.all()) else to_device(seen, device)[:, None]
-    return Plan(to_device(numbers, device), starts, spans, longest, mask)
+    is_row = numbers.size == len(places) and np.array_equal(numbers.ravel(), np.arange(len(places)))
+    return Plan(to_device(numbers, device), starts, spans, longest, mask, is_row)
 
 
 class Tick(KeyValues):
@@ -76,7 +78,7 @@ class Tick(KeyValues):
             rows, entry = rows[own], entry[:, to_device(own, entries.device)]
         entries.index_copy_(0, to_device(rows, entries.device), entry[0].to(entries.dtype))
         found = [(plan, to_device(self._read(layer, plan), entries.device)) for plan in self.plans]
-        return Ragged([Group(plan.tokens, entries[read], plan.mask) for plan, read in found])
+        return Ragged([Group(plan.tokens, entries[read], plan.mask, plan.is_row) for plan, read in found])
 
     def _read(self, layer: int, plan: Plan) -> Rows:
         """(g, S); where a span is shorter, one of its own that the mask hides: no number is hidden so well that NaN of

@@ -12,11 +12,12 @@ Attend = Callable[[tuple[Tensor, ...], Tensor, Tensor | None], Tensor]
 @dataclass(frozen=True)
 class Group:
     """tokens (g, t): places in the row; entries (g, S, W): what each of the g sees; mask (g or 1, 1, t, S) as in
-    `ops.attention`."""
+    `ops.attention`. is_row: these are the tokens of the row, each once, in order."""
 
     tokens: Tensor
     entries: Tensor
     mask: Tensor | None
+    is_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Ragged:
 
     def each(self, queries: tuple[Tensor, ...], attend: Attend) -> Tensor:
         """attend(queries (g, t, H, K), entries, mask) of every group, together again: (1, N, ...)."""
+        if self.groups[0].is_row:
+            (group,) = self.groups
+            y = attend(
+                tuple(part.view(*group.tokens.shape, *part.shape[2:]) for part in queries), group.entries, group.mask
+            )
+            return y.flatten(0, 1)[None]
         found = [
             attend(tuple(part[0, group.tokens] for part in queries), group.entries, group.mask) for group in self.groups
         ]
