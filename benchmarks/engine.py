@@ -113,8 +113,7 @@ def lockstep(
             continue
         how: Any = {name: getattr(asked[ready[0]], name) for name in ("n_loops", "exit", "sampling")}
         longest = max(asked[i].max_tokens for i in ready)
-        steps = decode(model, [asked[i].prompt for i in ready], n_new=longest, use_cache=longest > 1, **how)
-        for _, (tokens, _) in zip(range(longest), steps, strict=False):
+        for tokens, _ in decode(model, [asked[i].prompt for i in ready], n_new=longest, use_cache=longest > 1, **how):
             at = time.perf_counter() - begun
             for i, token in zip(ready, tokens.tolist(), strict=True):
                 if len(found.tokens[i]) < asked[i].max_tokens:
@@ -241,16 +240,12 @@ def drafts(given: Load, *, n: int) -> Iterator[dict[str, Any]]:
         same = statistics.mean(a == b for a, b in zip(tokens, expected, strict=True))
         assert same > 0.8, f"only {same:.0%} of the texts are the same"
         metric = f"seconds, batch 1, {draft.n_loops} loops guess {draft.n_tokens} tokens, {agreed:.0%} agreed with"
-        for name, side in (("the engine", partial(alone, plain)), ("generate", partial(step_by_step, model, plain))):
+        for name, side in (
+            ("the engine", partial(alone, plain)),
+            ("generate", partial(lockstep, model, plain, [0.0] * len(plain), 1)),
+        ):
             found = paired(partial(alone, drafted), side, n=n)
             yield given.common | _row(metric, asdict(found), f"{name} without a draft")
-
-
-def step_by_step(model: RecurrentDepthTransformer, asked: Sequence[Request]) -> None:
-    """As `generate` writes a text that is alone."""
-    for request in asked:
-        for _ in decode(model, [request.prompt], n_new=request.max_tokens, sampling=request.sampling):
-            pass
 
 
 def beside_openmythos(*, n: int, n_new: int = 64) -> Iterator[dict[str, Any]]:

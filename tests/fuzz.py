@@ -87,7 +87,7 @@ def manifest(data: bytes) -> object:
     if not isinstance(body, dict):
         raise ValueError
     body.pop("checksum", None)
-    return checkpoint.verify(_file("step_000001/manifest.json", checkpoint._render(body)).parent)
+    return checkpoint.verify(_file("step_000001/manifest.json", checkpoint.sealed(body)).parent)
 
 
 def state(data: bytes) -> State:
@@ -180,7 +180,7 @@ def _parquet() -> bytes:
 
 def _manifest() -> bytes:
     files = {name: checkpoint.FileRecord(size=3, sha256="0" * 64) for name in sorted(checkpoint.CONTENTS)}
-    return checkpoint._render(
+    return checkpoint.sealed(
         {
             "format": checkpoint.FORMAT,
             "step": 1,

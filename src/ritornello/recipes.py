@@ -129,10 +129,15 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES) -> str:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     if len(raw) > max_bytes:
         raise ValueError(f"{path}: more than {max_bytes} bytes")
+    return decoded(raw, path)
+
+
+def decoded(raw: bytes, source: object) -> str:
+    """UTF-8, or a `ValueError` that names `source`."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise ValueError(f"{source}: not UTF-8 at byte {error.start}") from None
 
 
 def parse_json(text: str, source: object) -> Any:

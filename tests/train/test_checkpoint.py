@@ -72,7 +72,7 @@ def manifest_for(directory: Path, **changes: Any) -> None:
         data = (directory / name).read_bytes()
         body["files"][name] = {"size": len(data), "sha256": checkpoint._sha256(data)}
     body = {name: value for name, value in (body | changes).items() if name != "checksum"}
-    (directory / "manifest.json").write_bytes(checkpoint._render(body))
+    (directory / "manifest.json").write_bytes(checkpoint.sealed(body))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from ritornello.config import require, shown
 from ritornello.engine.engine import Engine
-from ritornello.engine.generate import Loaded, Wishes, engine_for, requests, room
+from ritornello.engine.generate import Loaded, Wishes, engine_for, requests
 from ritornello.engine.prompts import Asked, fingerprint, lines, parsed, read
 from ritornello.engine.request import Event
 from ritornello.engine.text import Text
@@ -59,10 +59,10 @@ def run_file(
     requests(loaded, [""], **options)  # a mistake in what all lines share is no line's
     model, before = fingerprint(loaded), stamp(source)
     keys: dict[str, str] = {}
-    n_tokens, deepest, constrained = 0, 1, False
+    limit, n_tokens, deepest, constrained = loaded.model.config.max_seq_len, 0, 1, False
     for asked in read(source, loaded, options, model, depth_is_fixed=depth_is_fixed):
         keys[asked.id] = asked.key
-        n_tokens, deepest = n_tokens + room(loaded, asked.request), max(deepest, asked.request.n_loops or 1)
+        n_tokens, deepest = n_tokens + asked.request.room(limit), max(deepest, asked.request.n_loops or 1)
         constrained = constrained or asked.request.constraint is not None
     require(bool(keys), "input", str(source), "a file with at least one request")
     reasons: Counter[str] = Counter()

@@ -1,7 +1,5 @@
 """What a calibration found, as `exit.json` in the directory of the run or checkpoint that it was made for."""
 
-import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +101,7 @@ class Calibration:
 def save(found: Calibration, directory: str | Path) -> Path:
     """Write it into the directory of a run or checkpoint, in place of what was found before; returns the file."""
     path = Path(directory, EXIT)
-    files.write_atomic(path, _sealed(found))
+    files.write_atomic(path, checkpoint.sealed(asdict(found)))
     return path
 
 
@@ -119,7 +117,7 @@ def read(path: Path) -> Calibration:
         found = recipes.validated(Calibration, body)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if _sealed(found) != text.encode():
+    if checkpoint.sealed(asdict(found)) != text.encode():
         raise ValueError(f"{path}: damaged: its checksum differs")
     return found
 
@@ -151,10 +149,3 @@ def calibrated(loaded: "Loaded", *, n_loops: int | None = None) -> ExitRule:
     found, deepest = calibration_of(loaded), loaded.model.config.n_loops if n_loops is None else n_loops
     require(deepest == found.goal.n_loops, "n_loops", deepest, f"{found.goal.n_loops}, which the calibration is for")
     return found.exit
-
-
-def _sealed(found: Calibration) -> bytes:
-    """One form only, closed by a checksum of the rest, so that any change shows."""
-    body = asdict(found)
-    checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return (json.dumps({**body, "checksum": checksum}, indent=2) + "\n").encode()

@@ -19,7 +19,7 @@ from ritornello.engine.constraints import Grammars
 from ritornello.engine.lanes import Lanes
 from ritornello.engine.pages import NONE, FullError, Layout, Pages, Rows, Tables
 from ritornello.engine.prefixes import BLOCK, Prefixes
-from ritornello.engine.request import CHUNK, Event, Request, Stats, check_depth
+from ritornello.engine.request import CHUNK, Event, Request, Stats, check_request
 from ritornello.engine.sampling import NO_TOKEN, Sampling, adjusted, draw, likeliest
 from ritornello.engine.sequence import RULES, Sequence
 from ritornello.engine.tick import Plan, Tick, planned, to_device
@@ -143,7 +143,7 @@ class Engine:
         config = self.model.config
         n_loops = min(config.n_loops, self.layout.n_loops) if request.n_loops is None else request.n_loops
         require_int("n_loops", n_loops, 1, self.layout.n_loops)
-        check_depth(config, request, n_loops, chunk=self.chunk)
+        check_request(config, request, n_loops=n_loops, vocab_size=self.vocab_size, chunk=self.chunk)
         limit, length = config.max_seq_len, len(request.prompt)
         require(length < limit, "prompt", f"{length} tokens", f"fewer than max_seq_len = {limit}")
         several = config.n_token_tables > 1
@@ -157,10 +157,7 @@ class Engine:
         require(not several or request.max_tokens == 1, "max_tokens", request.max_tokens, "1 with several token tables")
         plain = not (several and request.sampling.reads_text)
         require(plain, "sampling", request.sampling, "without penalties with several token tables")
-        for token, _ in request.sampling.logit_bias:
-            require_int("logit_bias", token, 0, self.vocab_size - 1)
-        require_int("n_logprobs", request.n_logprobs or 0, 0, self.vocab_size)
-        room = min(length + request.max_tokens, limit) - 1  # the last token is never computed with
+        room = request.room(limit)
         needed, have = self.layout.most_rows(room), self.pages.n_free + self.pages.n_used - self.exact
         require(needed <= have, "prompt and max_tokens", f"{room} tokens, {needed} rows", f"at most {have} rows")
         matcher = None
@@ -238,8 +235,10 @@ class Engine:
             if not room and sequence.n_guessed:
                 sequence.cut_draft()
             room -= enter(sequence)
-        for sequence in self._beginning(room):
+        for sequence in self._beginning() if room > 0 else ():
             room -= enter(sequence)
+            if room <= 0:
+                break
         if not parts:
             return
         new, ids = Tokens.made(parts, self.lanes.take(len(words))), np.array(words)
@@ -250,9 +249,9 @@ class Engine:
         if len(kept):
             self._prelude(kept, ids)
 
-    def _beginning(self, room: int) -> Iterator[Sequence]:
-        """Sequences that begin now, while there is room; nobody overtakes one for whom there are no rows."""
-        if not self.waiting or room <= 0:
+    def _beginning(self) -> Iterator[Sequence]:
+        """Sequences that begin now, one by one; nobody overtakes one for whom there are no rows."""
+        if not self.waiting:
             return
         coming = sum(len(s.tokens) + 1 - s.left for s in self.running)
         computing = {key for s in self.running for key in s.keys[s.left // BLOCK :]}
@@ -269,10 +268,7 @@ class Engine:
             self.running.append(sequence)
             coming += len(sequence.tokens) + 1 - sequence.left
             computing.update(sequence.keys[known:])
-            room -= min(self.chunk, len(sequence.tokens) - sequence.left)
             yield sequence
-            if room <= 0:
-                return
 
     def _has_room(self, n_tokens: int) -> bool:
         """Whether rows are there for so many more tokens; or nobody else is."""
@@ -284,8 +280,8 @@ class Engine:
         return self.pages.n_free >= needed or not self.running
 
     def _prelude(self, new: Tokens, ids: np.ndarray) -> None:
-        model, (all_new, n_idle) = self.model, self._filled(new)
-        ids = np.concatenate((ids, np.zeros((n_idle, *ids.shape[1:]), ids.dtype)))
+        model, all_new = self.model, self._filled(new)
+        ids = np.concatenate((ids, np.zeros((len(all_new) - len(new), *ids.shape[1:]), ids.dtype)))
         x = model.embed(self._tensor(ids)[None])
         together = self._together(all_new, x)
         lanes, context = together.lanes, together.context
@@ -317,7 +313,7 @@ class Engine:
         if not len(moving):
             return
         self.n_token_loops += len(moving)
-        everything, _ = self._filled(moving)
+        everything = self._filled(moving)
         if self._before is None or not self._before.tokens.are(everything):
             self._before = self._together(everything)
         together = self._before
@@ -332,7 +328,7 @@ class Engine:
         out = self.model.carry.mean(now)
         if self._halts or (moving.rule >= 0).any():
             halted, out = self._halt(
-                everything, lanes, now, before, self._tensor(loops)[None], self._tensor(ends)[None]
+                everything, lanes, out, before, self._tensor(loops)[None], self._tensor(ends)[None]
             )
             ends = halted[0].cpu().numpy()
         self.lanes.put("out", lanes, out)
@@ -352,10 +348,11 @@ class Engine:
         return runs
 
     def _halt(
-        self, tokens: Tokens, lanes: Tensor, now: Tensor, before: Tensor, loop: Tensor, last: Tensor
+        self, tokens: Tokens, lanes: Tensor, out: Tensor, before: Tensor, loop: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Who leaves the loop, (1, N) bool, and what the coda would read of each, (1, N, D)."""
-        model, ends, out = self.model, last.clone(), self.model.carry.mean(now)
+        """Who leaves the loop, (1, N) bool, and what the coda would read of each, (1, N, D); out: what it would read
+        without a mixture."""
+        model, ends = self.model, last.clone()
         for kind in np.unique(tokens.rule).tolist():
             if kind < 0 and not self._halts:
                 continue
@@ -379,17 +376,18 @@ class Engine:
 
     def _sort_out(self, ran: np.ndarray, ends: np.ndarray) -> None:
         """Of the active tokens those that `ran` are a loop further; those that have left the loop wait for the coda."""
-        done, active = ran.copy(), self.active
-        done[ran] = ends
+        active = self.active
+        self.active = replace(active, loop=active.loop + ran)
         if not ends.any():
-            self.active = replace(active, loop=active.loop + ran)
             return
+        done = ran.copy()
+        done[ran] = ends
         left = active.where(done)
         self.tables.halt(left.slot, left.place, left.loop)
         self.tables.lanes[left.slot, left.place] = left.lane
         self.tables.loops[left.slot, left.place] = 0 if self.model.config.is_plain else left.loop + 1
         self._arrivals.update(left.slot.tolist())
-        self.active = replace(active, loop=active.loop + ran).where(~done)
+        self.active = self.active.where(~done)
 
     def _leave(self) -> None:
         """Tokens whose predecessors have all left the loop go through the coda, and those that a draft goes on from;
@@ -410,7 +408,7 @@ class Engine:
         leaving = [each for each in leaving if each[0].slot is not None]
         if not leaving:
             return
-        everything, _ = self._filled(tokens)
+        everything = self._filled(tokens)
         together = self._together(everything, held="out")
         h = self.lanes.get("out", together.lanes)
         hidden = self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
@@ -559,12 +557,12 @@ class Engine:
             self.tables.close(slot)
         sequence.start_over()
 
-    def _filled(self, tokens: Tokens) -> tuple[Tokens, int]:
-        """With an idle token as often as an exact pass needs it, and how often that is."""
+    def _filled(self, tokens: Tokens) -> Tokens:
+        """With an idle token as often as an exact pass needs it."""
         n = self.tick_tokens - len(tokens)
         if self._idle is None or not n:
-            return tokens, 0
-        return Tokens.joined([tokens, self._idle.where(np.zeros(n, np.int64))]), n
+            return tokens
+        return Tokens.joined([tokens, self._idle.where(np.zeros(n, np.int64))])
 
     def _together(self, tokens: Tokens, x: Tensor | None = None, held: str = "e") -> "_Together":
         """x (1, N, D): anything of theirs, for its type; else what lanes hold by this name."""

@@ -15,7 +15,7 @@ from ritornello.engine.constraints import Constraint, Grammars
 from ritornello.engine.engine import Engine, is_compiled
 from ritornello.engine.pages import Layout
 from ritornello.engine.quantize import Weights, quantize
-from ritornello.engine.request import Draft, Request, check_depth
+from ritornello.engine.request import Draft, Request, check_request
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
 from ritornello.engine.text import Generation, Text
 from ritornello.model.cache import Cache
@@ -102,6 +102,8 @@ def decode(
             out = model(tokens, n_loops=n_loops, exit=exit, documents=documents, cache=cache, return_logits=False)
             chosen = sample(model.logits(out.hidden[:, -1])[:, :vocab_size], how, index=index)
             yield chosen, out.loops_used[:, -1]
+            if index + 1 == end - longest:
+                return
             if cache is not None:
                 tokens, documents = chosen[:, None], None
             else:
@@ -194,8 +196,6 @@ def requests(
         require_int("n_loops", n_loops, 1, MAX_LOOPS)
     require(isinstance(loaded, Loaded), "loaded", type(loaded).__name__, "what load(...) returns")
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
-    for token, _ in checked.logit_bias:
-        require_int("logit_bias", token, 0, tokenizer.vocab_size - 1)
     stops = [stop] if isinstance(stop, str) else list(stop)
     require(all(stops), "stop", stop, "texts, none empty")
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
@@ -206,7 +206,7 @@ def requests(
     how |= {"stop": frozenset({tokenizer.eos_id}), "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
     seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]
     asked = [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)]
-    check_depth(model.config, asked[0], n_loops or model.config.n_loops)
+    check_request(model.config, asked[0], n_loops=n_loops or model.config.n_loops, vocab_size=tokenizer.vocab_size)
     return asked, stops
 
 
@@ -218,11 +218,6 @@ def engine_for(loaded: Loaded, *, n_loops: int, n_tokens: int, constrained: bool
     grammars = Grammars(loaded.tokenizer) if constrained else None
     vocab_size = loaded.tokenizer.vocab_size
     return Engine(loaded.model, n_rows=n_rows, n_loops=n_loops, vocab_size=vocab_size, grammars=grammars)
-
-
-def room(loaded: Loaded, request: Request) -> int:
-    """Tokens of it that are computed with at most: the last is not."""
-    return min(len(request.prompt) + request.max_tokens, loaded.model.config.max_seq_len) - 1
 
 
 def _start(
@@ -240,7 +235,7 @@ def _start(
 def _served(loaded: Loaded, texts: Sequence[Text], asked: Sequence[Request]) -> Iterator[list[str]]:
     """By the engine: each token as deep as it must."""
     config, places = loaded.model.config, {}
-    n_tokens = sum(room(loaded, request) for request in asked)
+    n_tokens = sum(request.room(config.max_seq_len) for request in asked)
     constrained, n_loops = asked[0].constraint is not None, asked[0].n_loops or config.n_loops
     engine = engine_for(loaded, n_loops=n_loops, n_tokens=n_tokens, constrained=constrained)
     for i, request in enumerate(asked):

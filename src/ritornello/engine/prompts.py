@@ -116,11 +116,7 @@ def lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
 
 def parsed(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object of a line. Raises ValueError, which names `where`."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
-    row = recipes.parse_json(text, where)
+    row = recipes.parse_json(recipes.decoded(data, where), where)
     require(isinstance(row, dict), where, row, "a JSON object")
     return row
 

@@ -67,13 +67,21 @@ class Request:
         """Whether the engine alone can do it."""
         return self.sampling.reads_text or any((self.constraint, self.loop_budget, self.draft))
 
+    def room(self, max_seq_len: int) -> int:
+        """Tokens of it that are computed with at most: the last is not."""
+        return min(len(self.prompt) + self.max_tokens, max_seq_len) - 1
+
     @property
     def min_loops(self) -> int:
         return 1 if self.exit is None else self.exit.min_loops
 
 
-def check_depth(config: ModelConfig, request: Request, n_loops: int, *, chunk: int = CHUNK) -> None:
-    """Whether a model of this kind can give the request the depth it asks for, n_loops at most. Raises ValueError."""
+def check_request(config: ModelConfig, request: Request, *, n_loops: int, vocab_size: int, chunk: int = CHUNK) -> None:
+    """Whether a model of this kind can do what is asked, with n_loops at most and ids below vocab_size. Raises
+    ValueError."""
+    for token, _ in request.sampling.logit_bias:
+        require_int("logit_bias", token, 0, vocab_size - 1)
+    require_int("n_logprobs", request.n_logprobs or 0, 0, vocab_size)
     check_exit(config, request.exit)
     require(request.min_loops <= n_loops, "min_loops", request.min_loops, f"<= n_loops ({n_loops})")
     if request.loop_budget is not None:

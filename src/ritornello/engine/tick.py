@@ -34,22 +34,17 @@ class Plan:
 def planned(tokens: Tokens, device: torch.device, *, apart: bool = False) -> list[Plan]:
     """Chunks of about equal length and span together. apart: each token by itself, over a span that depends on nothing
     but its own place."""
-    n = len(tokens)
-    if apart:
-        starts, sizes = np.arange(n), np.ones(n, np.int64)
-    else:
-        ends_here = np.ones(n, np.bool_)
+    ends_here = np.ones(len(tokens), np.bool_)
+    if not apart:
         ends_here[:-1] = (tokens.slot[1:] != tokens.slot[:-1]) | (tokens.loop[1:] != tokens.loop[:-1])
-        ends = np.flatnonzero(ends_here) + 1
-        sizes = np.diff(ends, prepend=0)
-        starts = ends - sizes
-    spans = tokens.place[starts + sizes - 1] + 1
-    alike = np.stack((np.where(sizes == 1, 0, -(-sizes // CHUNKS)), -(-spans // ALIKE)))
-    if apart:
-        groups = [np.array([i]) for i in range(n)]
-    else:
+    ends = np.flatnonzero(ends_here) + 1
+    sizes = np.diff(ends, prepend=0)
+    starts, spans = ends - sizes, tokens.place[ends - 1] + 1
+    which = np.arange(len(tokens))
+    if not apart:
+        alike = np.stack((np.where(sizes == 1, 0, -(-sizes // CHUNKS)), -(-spans // ALIKE)))
         _, which = np.unique(alike, axis=1, return_inverse=True)
-        groups = [np.flatnonzero(which == i) for i in range(int(which.max()) + 1)]
+    groups = [np.flatnonzero(which == i) for i in range(int(which.max()) + 1)]
     return [_plan(tokens.place, starts[some], sizes[some], spans[some], apart, device) for some in groups]
 
 

@@ -114,7 +114,7 @@ def save(
     )
     directory = Path(run_dir, CHECKPOINTS, f"step_{step:06d}")
     if not _holds(directory, manifest):
-        _write(directory, contents | {MANIFEST: _render(asdict(manifest))})
+        _write(directory, contents | {MANIFEST: sealed(asdict(manifest))})
     _purge(directory, keep)
     return directory
 
@@ -125,7 +125,7 @@ def verify(directory: str | Path) -> Manifest:
     source = directory / MANIFEST
     text = recipes.read_text(source)
     body = recipes.parse_json(text, source)
-    if not isinstance(body, dict) or _render({k: v for k, v in body.items() if k != "checksum"}) != text.encode():
+    if not isinstance(body, dict) or sealed({k: v for k, v in body.items() if k != "checksum"}) != text.encode():
         raise ValueError(f"{source}: damaged: its checksum differs")
     if isinstance(body.get("format"), int) and body["format"] > FORMAT:
         advice = "upgrade with pip install -U ritornello"
@@ -320,8 +320,8 @@ def _verify_file(path: Path, record: FileRecord) -> None:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _render(body: Mapping[str, Any]) -> bytes:
-    """The bytes of a manifest: one form only, closed by a checksum of the rest, so that any change of it shows too."""
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """The bytes of JSON that nobody edits: one form only, closed by a checksum, so that any change shows."""
     checksum = _sha256(json.dumps(body).encode())
     return (json.dumps({**body, "checksum": checksum}, indent=2) + "\n").encode()
 
