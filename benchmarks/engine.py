@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from ritornello.engine.generate import decode, load
 from ritornello.engine.pages import Layout
 from ritornello.engine.request import Draft, Request
 from ritornello.engine.sampling import Sampling
-from ritornello.lab import cell
+from ritornello.lab import arms, cell
 from ritornello.lab.tasks import TASKS
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.recipes import find_model
@@ -35,7 +36,9 @@ from ritornello.recipes import find_model
 BATCHES = 16, 64  # texts in lockstep
 N_REQUESTS = 64
 RULE = ExitRule("hazard", 0.9)
-PROBLEMS = "chains", "chains-moe"  # the lab's models
+PROBLEMS = "chains", "chains-moe", "chains-wide"  # the lab's models, and one whose ticks are filled by work
+WIDE: dict[str, Any] = {"dim": 512, "head_dim": 128, "ffn_dim": 1408}  # of the smallest looped model
+WIDE_TRAINING: dict[str, Any] = {"lr": 1e-3, "steps": 1200}
 DRAFTS = Draft(n_loops=1, n_tokens=2), Draft(n_loops=2, n_tokens=3), Draft(n_loops=4, n_tokens=4)
 SEED = 0
 TICK = 1024  # tokens
@@ -75,8 +78,14 @@ def problems(name: str) -> Load:
     places = (drawn.hops == hops[:, None]).argmax(1)
     rows = zip(drawn.tokens.tolist(), places.tolist(), strict=True)
     asked = [[*map(tuple, row[:n_edges]), tuple(row[place])] for row, place in rows]
-    model = cell.load(find_model(name)).model
+    model = wide() if name == "chains-wide" else cell.load(find_model(name)).model
     return Load(name, model, [Request(prompt=prompt, max_tokens=1, n_loops=16, sampling=GREEDY) for prompt in asked])
+
+
+def wide() -> RecurrentDepthTransformer:
+    """Trained the first time, a quarter of an hour on a core."""
+    wanted = arms.cell("dense", TASKS["chains"], seed=SEED, masked=True, model=WIDE, **WIDE_TRAINING)
+    return cell.trained(wanted, Path("runs/lab/models")).model
 
 
 @dataclass

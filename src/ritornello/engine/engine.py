@@ -53,6 +53,20 @@ class _Together:
     plans: list[Plan]
 
 
+class _Leaving(NamedTuple):
+    """Tokens of one sequence on their way into the coda: n from place `first` on; guess: the lane of the one token
+    that a draft goes on from, which stays in the loop."""
+
+    sequence: Sequence
+    first: int
+    n: int
+    guess: int | None = None
+
+    @property
+    def places(self) -> Rows:
+        return np.arange(self.first, self.first + self.n)
+
+
 class _Found(NamedTuple):
     """A token after which the next one is sampled: its place in the sequence, in the row that passed the coda, and
     whether it has taken a draft's few loops only."""
@@ -392,31 +406,32 @@ class Engine:
     def _leave(self) -> None:
         """Tokens whose predecessors have all left the loop go through the coda, and those that a draft goes on from;
         after the last of a text a token is sampled."""
-        leaving: list[tuple[Sequence, Rows, Rows | None]] = []  # places; lanes of a draft's token, which stays
-        room = self.tick_tokens
+        leaving: list[_Leaving] = []
+        room, arrived = self.tick_tokens, self._arrived()
         for sequence in self.running:
-            if sequence.slot not in self._arrivals and sequence.request.draft is None:
+            guessing = None if sequence.request.draft is None else self._guessing(sequence)
+            if guessing is not None:
+                each = _Leaving(sequence, *guessing)
+            elif sequence.slot in arrived:
+                n = arrived[sequence.slot]
+                n = min(n, room) if n <= room or not sequence.n_guessed else 0  # a draft's tokens: all or none
+                each = _Leaving(sequence, sequence.left, n)
+            else:
                 continue
-            guessing = self._guessing(sequence)
-            places, lanes = guessing or (self._arrived(sequence, room), None)
-            if 0 < len(places) <= room:
-                leaving.append((sequence, places, lanes))
-                room -= len(places)
+            if 0 < each.n <= room:
+                leaving.append(each)
+                room -= each.n
         if not leaving:
             return
         tokens = self._take(self.layout.coda, self._of(leaving))
-        leaving = [each for each in leaving if each[0].slot is not None]
+        leaving = [each for each in leaving if each.sequence.slot is not None]
         if not leaving:
             return
         everything = self._filled(tokens)
         together = self._together(everything, held="out")
         h = self.lanes.get("out", together.lanes)
         hidden = self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
-        found: list[_Found] = []
-        start = 0
-        for sequence, places, lanes in leaving:
-            found += self._gone(sequence, places, start, guess=lanes is not None)
-            start += len(places)
+        found = self._gone(leaving, tokens)
         if not found:
             return
         ends = np.array([each.end for each in found])
@@ -424,46 +439,70 @@ class Engine:
         logits = self.model.logits(hidden[self._tensor(ends)])[: len(found), : self.vocab_size]
         self._sample(found, logits)
 
-    def _of(self, leaving: list[tuple[Sequence, Rows, Rows | None]]) -> Tokens:
-        parts = [Part(sequence.slot, places) for sequence, places, _ in leaving if sequence.slot is not None]
-        held = self.tables.lanes
-        lanes = [held[s.slot, places] if lanes is None else lanes for s, places, lanes in leaving]
-        return Tokens.made(parts, np.concatenate(lanes))
+    def _of(self, leaving: list[_Leaving]) -> Tokens:
+        """In the order of `leaving`, each sequence's side by side."""
+        parts = [Part(each.sequence.slot, each.places) for each in leaving if each.sequence.slot is not None]
+        tokens = Tokens.made(parts, NOBODY.lane)
+        lanes, start = self.tables.lanes[tokens.slot, tokens.place], 0
+        for each in leaving:
+            if each.guess is not None:
+                lanes[start] = each.guess
+            start += each.n
+        return replace(tokens, lane=lanes)
 
-    def _guessing(self, sequence: Sequence) -> tuple[Rows, Rows] | None:
-        """Place and lane of the token that the next one of a draft is guessed from, where its few loops are done."""
+    def _guessing(self, sequence: Sequence) -> tuple[int, int, int] | None:
+        """Place, 1 and lane of the token that the next one of a draft is guessed from, where its few loops are done."""
         draft = sequence.request.draft
         if draft is None or not sequence.drafts or not sequence.n_missing or sequence.entered < len(sequence.tokens):
             return None
         newest = np.flatnonzero(self.active.slot == sequence.slot)[-1:]
         there = (self.active.loop[newest] == draft.n_loops).any()
-        return (self.active.place[newest], self.active.lane[newest]) if there else None
+        return (int(self.active.place[newest[0]]), 1, int(self.active.lane[newest[0]])) if there else None
 
-    def _arrived(self, sequence: Sequence, most: int) -> Rows:
-        """Places of its tokens whose predecessors have all left the loop, at most so many; a draft's all or none."""
-        there = self.tables.lanes[sequence.slot, sequence.left : sequence.entered] >= 0
-        n = len(there) if there.all() else int(there.argmin())
-        n = min(n, most) if n <= most or not sequence.n_guessed else 0
-        if n == np.count_nonzero(there):
-            self._arrivals.discard(sequence.slot)
-        return np.arange(sequence.left, sequence.left + n)
+    def _arrived(self) -> dict[int, int]:
+        """By slot: how many tokens wait for the coda that no predecessor in the loop holds up."""
+        some = [sequence for sequence in self.running if sequence.slot in self._arrivals]
+        if not some:
+            return {}
+        slots, left, entered = (
+            np.array(each) for each in zip(*((s.slot, s.left, s.entered) for s in some), strict=True)
+        )
+        first, last = left.min(), entered.max()
+        there = self.tables.lanes[slots, first:last] >= 0
+        gaps = ~there & (np.arange(first, last) >= left[:, None])
+        n = np.where(gaps.any(1), gaps.argmax(1) + first, last) - left
+        return dict(zip(slots.tolist(), n.tolist(), strict=True))
 
-    def _gone(self, sequence: Sequence, places: Rows, start: int, *, guess: bool) -> "Iterator[_Found]":
-        """These have passed the coda, the first of them at `start` of the row: what is to be sampled from them."""
-        slot = sequence.slot
-        if not guess:
-            self.lanes.drop(self.tables.lanes[slot, places])
-            self.tables.lanes[slot, places] = NONE
-            sequence.loops[places] = self.tables.loops[slot, places]
-            sequence.left += len(places)
-            if (sequence.left - len(places)) // BLOCK < min(sequence.left // BLOCK, len(sequence.keys)):
-                self.prefixes.keep(sequence.keys[: sequence.left // BLOCK], self.tables.rows[slot])
-        if guess or sequence.left == len(sequence.tokens):
-            for i, place in enumerate(places.tolist()):
-                if guess or place >= sequence.n_sure - 1:
-                    yield _Found(sequence, place, start + i, guess)
+    def _gone(self, leaving: list[_Leaving], tokens: Tokens) -> list[_Found]:
+        """These have passed the coda: what is to be sampled from them."""
+        held = self.tables.lanes
+        stay = np.repeat([each.guess is not None for each in leaving], [each.n for each in leaving])
+        slots, places = tokens.slot[~stay], tokens.place[~stay]
+        self.lanes.drop(tokens.lane[~stay])
+        held[slots, places] = NONE
+        found: list[_Found] = []
+        start = 0
+        for sequence, first, n, guess in leaving:
+            if guess is None:
+                self._pass(sequence, n)
+            if guess is not None or sequence.left == len(sequence.tokens):
+                sampled = range(first if guess is not None else max(first, sequence.n_sure - 1), first + n)
+                found += [_Found(sequence, place, start + place - first, guess is not None) for place in sampled]
+            start += n
+        return found
 
-    def _sample(self, found: "list[_Found]", logits: Tensor) -> None:
+    def _pass(self, sequence: Sequence, n: int) -> None:
+        """Its next n tokens are through."""
+        slot, first, last = sequence.slot, sequence.left, sequence.left + n
+        assert slot is not None
+        sequence.left = last
+        sequence.loops[first:last] = self.tables.loops[slot, first:last]
+        if first // BLOCK < min(last // BLOCK, len(sequence.keys)):
+            self.prefixes.keep(sequence.keys[: last // BLOCK], self.tables.rows[slot])
+        if last == sequence.entered or not (self.tables.lanes[slot, last : sequence.entered] >= 0).any():
+            self._arrivals.discard(slot)
+
+    def _sample(self, found: list[_Found], logits: Tensor) -> None:
         """The token that follows each; those that sample alike at once."""
         alike: dict[Sampling, list[int]] = defaultdict(list)
         rows = list(logits)

@@ -24,7 +24,9 @@ class Lanes:
 
     def take(self, n: int) -> Rows:
         assert n <= self.n_free
-        return np.array([self._free.pop() for _ in range(n)], np.int64)
+        kept = len(self._free) - n
+        taken, self._free = self._free[kept:], self._free[:kept]
+        return np.array(taken, np.int64)
 
     def drop(self, lanes: Rows) -> None:
         self._free.extend(lanes.tolist())

@@ -65,8 +65,8 @@ class Prefixes:
         return False
 
     def clear(self) -> None:
-        for rows in self._blocks.values():
-            self.pages.drop(distinct(rows))
+        if self._blocks:
+            self.pages.drop(distinct(np.stack(list(self._blocks.values()))))
         self._blocks.clear()
 
     def _touch(self, keys: Sequence[bytes]) -> None:

@@ -28,7 +28,8 @@ class Sequence:
         self.keys = Prefixes.keys(shared, (n_loops, request.exit))
         self.loops = np.zeros(room, np.int64)  # that each token took
         self.matcher = matcher  # of what is sure
-        self.kind = replace(request.sampling, seed=0)  # those that sample alike do so together
+        sampling = request.sampling
+        self.kind = replace(sampling, seed=0) if sampling.seed else sampling  # those that sample alike do so together
         rule = request.exit
         self.rule = (-1, 0.0, 1) if rule is None else (RULES.index(rule.rule), rule.threshold, rule.min_loops)
         self._depths: dict[int, int] = {}  # that tokens with a budget may take

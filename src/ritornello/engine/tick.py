@@ -42,8 +42,8 @@ def planned(tokens: Tokens, device: torch.device, *, apart: bool = False) -> lis
     starts, spans = ends - sizes, tokens.place[ends - 1] + 1
     which = np.arange(len(tokens))
     if not apart:
-        alike = np.stack((np.where(sizes == 1, 0, -(-sizes // CHUNKS)), -(-spans // ALIKE)))
-        _, which = np.unique(alike, axis=1, return_inverse=True)
+        alike = -(-spans // ALIKE) * len(tokens) + np.where(sizes == 1, 0, -(-sizes // CHUNKS))
+        _, which = np.unique(alike, return_inverse=True)
     groups = [np.flatnonzero(which == i) for i in range(int(which.max()) + 1)]
     return [_plan(tokens.place, starts[some], sizes[some], spans[some], apart, device) for some in groups]
 
