@@ -297,7 +297,7 @@ class Engine:
         model, all_new = self.model, self._filled(new)
         ids = np.concatenate((ids, np.zeros((len(all_new) - len(new), *ids.shape[1:]), ids.dtype)))
         x = model.embed(self._tensor(ids)[None])
-        together = self._together(all_new, x)
+        together = self._together(all_new, self.layout.prelude, x)
         lanes, context = together.lanes, together.context
         e = model.prelude(x, context, Tick(self.tables, all_new, together.plans))
         if model.config.is_plain:
@@ -310,8 +310,9 @@ class Engine:
         kinds = np.unique(new.rule)
         if self._halts or kinds[-1] >= 0:
             rules: list[Any] = [_Rules(RULES[kind]) for kind in kinds if kind >= 0]
-            reading = next((rule for rule in (*rules, None) if model.halting.reads_predictions(rule)), None)
-            self.lanes.put_halt(lanes, model.halting.start(h, model._predict(h, reading), None))
+            rules += [None] if self._halts else []
+            reading = [rule for rule in rules if model.halting.reads_predictions(rule)]
+            self.lanes.put_halt(lanes, model.halting.start(h, model._predict(h, reading[0]) if reading else None, None))
 
     @property
     def _halts(self) -> bool:
@@ -329,7 +330,7 @@ class Engine:
         self.n_token_loops += len(moving)
         everything = self._filled(moving)
         if self._before is None or not self._before.tokens.are(everything):
-            self._before = self._together(everything)
+            self._before = self._together(everything, self.layout.recurrent)
         together = self._before
         lanes, loops = together.lanes, everything.loop
         ends = loops + 1 >= everything.depth
@@ -345,7 +346,11 @@ class Engine:
                 everything, lanes, out, before, self._tensor(loops)[None], self._tensor(ends)[None]
             )
             ends = halted[0].cpu().numpy()
-        self.lanes.put("out", lanes, out)
+        if any(sequence.request.draft for sequence in self.running):  # which reads it after any loop
+            self.lanes.put("out", lanes, out)
+        elif ends.any():
+            some = self._tensor(np.flatnonzero(ends))
+            self.lanes.put("out", lanes[some], out[:, some])
         self._sort_out(runs, ends[: len(moving)])
 
     def _runs(self) -> np.ndarray:
@@ -372,7 +377,8 @@ class Engine:
                 continue
             members = np.flatnonzero(tokens.rule == kind)
             members = np.resize(members, len(tokens)) if self.exact else members  # as many as in every pass
-            some = self._tensor(members)
+            alike = len(members) == len(tokens) and not self.exact
+            some: Any = slice(None) if alike else self._tensor(members)  # a slice copies nothing
             rule: Any = None
             if kind >= 0:
                 threshold = torch.tensor(tokens.threshold[members].tolist(), dtype=out.dtype, device=self.device)[None]
@@ -427,17 +433,25 @@ class Engine:
         leaving = [each for each in leaving if each.sequence.slot is not None]
         if not leaving:
             return
-        everything = self._filled(tokens)
-        together = self._together(everything, held="out")
-        h = self.lanes.get("out", together.lanes)
-        hidden = self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
+        hidden = self._coda(tokens) if self.layout.coda else None
         found = self._gone(leaving, tokens)
         if not found:
             return
         ends = np.array([each.end for each in found])
         ends = np.resize(ends, self.tick_tokens) if self.exact else ends
-        logits = self.model.logits(hidden[self._tensor(ends)])[: len(found), : self.vocab_size]
+        if hidden is None:  # no layers: only those that are sampled have anything to pass
+            hidden = self._coda(tokens.where(ends))
+        else:
+            hidden = hidden[self._tensor(ends)]
+        logits = self.model.logits(hidden)[: len(found), : self.vocab_size]
         self._sample(found, logits)
+
+    def _coda(self, tokens: Tokens) -> Tensor:
+        """(N, D), in which the logits are linear; in an exact pass of those that fill it too."""
+        everything = self._filled(tokens)
+        together = self._together(everything, self.layout.coda, held="out")
+        h = self.lanes.get("out", together.lanes)
+        return self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
 
     def _of(self, leaving: list[_Leaving]) -> Tokens:
         """In the order of `leaving`, each sequence's side by side."""
@@ -603,12 +617,13 @@ class Engine:
             return tokens
         return Tokens.joined([tokens, self._idle.where(np.zeros(n, np.int64))])
 
-    def _together(self, tokens: Tokens, x: Tensor | None = None, held: str = "e") -> "_Together":
-        """x (1, N, D): anything of theirs, for its type; else what lanes hold by this name."""
+    def _together(self, tokens: Tokens, layers: list[int], x: Tensor | None = None, held: str = "e") -> _Together:
+        """Before these layers. x (1, N, D): anything of theirs, for its shape and type; else a lane's by this name."""
         lanes, positions = self._tensor(tokens.lane), self._tensor(tokens.place)[None]
-        context = self.model.context(self.lanes.get(held, lanes) if x is None else x, positions=positions)
+        x = self.lanes.get(held, lanes[:1]).expand(-1, len(tokens), -1) if x is None else x
+        context = self.model.context(x, positions=positions)
         context = replace(context, exact=self.exact)
-        return _Together(tokens, lanes, context, planned(tokens, self.device, apart=self.exact))
+        return _Together(tokens, lanes, context, planned(tokens, self.device, apart=self.exact) if layers else [])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)

@@ -141,14 +141,11 @@ class Tables:
 
     def halt(self, slots: Rows, places: Rows, loops: Rows) -> None:
         """Their last loop was this one: deeper ones read its rows."""
+        which, deeper = (np.arange(self.layout.n_loops) > loops[:, None]).nonzero()
+        slots, places, loops = slots[which], places[which], loops[which]
         for layer in self.layout.recurrent:
-            here = self.layout.kinds(layer, loops)
-            rows = self.rows[slots, here, places]
-            for ahead in range(1, self.layout.n_loops):
-                some = loops + ahead < self.layout.n_loops
-                if not some.any():
-                    break
-                self.rows[slots[some], here[some] + ahead, places[some]] = rows[some]
+            last, ahead = self.layout.kinds(layer, loops), self.layout.kinds(layer, deeper)
+            self.rows[slots, ahead, places] = self.rows[slots, last, places]
 
 
 def distinct(rows: Rows) -> Rows:

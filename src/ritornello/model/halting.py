@@ -60,7 +60,7 @@ class Signals:
 
     def features(self) -> Tensor:
         """(m, T, 3), detached: log KL, entropy, 1 − cos(h, before)."""
-        turn = 1 - F.cosine_similarity(self.h, self.before, dim=-1)
+        turn = 1 - (self.h * self.before).sum(-1) / (self.h.norm(dim=-1) * self.before.norm(dim=-1)).clamp(min=1e-12)
         return torch.stack((self.kl().clamp(min=1e-8).log(), self.entropy(), turn), -1).detach()
 
 
