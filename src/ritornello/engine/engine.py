@@ -17,7 +17,7 @@ from torch import Tensor
 from ritornello.config import MAX_LOOPS, require, require_int
 from ritornello.engine.constraints import Grammars
 from ritornello.engine.lanes import Lanes
-from ritornello.engine.pages import NONE, FullError, Layout, Pages, Rows, Tables
+from ritornello.engine.pages import NONE, FullError, Layout, Pages, Tables
 from ritornello.engine.prefixes import BLOCK, Prefixes
 from ritornello.engine.request import CHUNK, Event, Request, Stats, check_request
 from ritornello.engine.sampling import NO_TOKEN, Sampling, adjusted, draw, likeliest
@@ -61,10 +61,6 @@ class _Leaving(NamedTuple):
     first: int
     n: int
     guess: int | None = None
-
-    @property
-    def places(self) -> Rows:
-        return np.arange(self.first, self.first + self.n)
 
 
 class _Found(NamedTuple):
@@ -455,14 +451,15 @@ class Engine:
 
     def _of(self, leaving: list[_Leaving]) -> Tokens:
         """In the order of `leaving`, each sequence's side by side."""
-        parts = [Part(each.sequence.slot, each.places) for each in leaving if each.sequence.slot is not None]
-        tokens = Tokens.made(parts, NOBODY.lane)
-        lanes, start = self.tables.lanes[tokens.slot, tokens.place], 0
-        for each in leaving:
+        some = [each for each in leaving if each.sequence.slot is not None]
+        slots, first, n = (np.array(each) for each in zip(*((s.slot, at, n) for s, at, n, _ in some), strict=True))
+        slots, ends = np.repeat(slots, n), n.cumsum()
+        places = np.arange(ends[-1]) + np.repeat(first - ends + n, n)
+        lanes = self.tables.lanes[slots, places]
+        for each, end in zip(some, ends.tolist(), strict=True):
             if each.guess is not None:
-                lanes[start] = each.guess
-            start += each.n
-        return replace(tokens, lane=lanes)
+                lanes[end - 1] = each.guess
+        return Tokens.of_coda(slots, places, lanes)
 
     def _guessing(self, sequence: Sequence) -> tuple[int, int, int] | None:
         """Place, 1 and lane of the token that the next one of a draft is guessed from, where its few loops are done."""

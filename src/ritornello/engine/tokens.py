@@ -43,6 +43,12 @@ class Tokens:
         depth = np.concatenate([np.broadcast_to(part.depth, size) for part, size in zip(parts, sizes, strict=True)])
         return Tokens(slot, place, lanes, np.zeros_like(place), depth, rule, threshold, least)
 
+    @staticmethod
+    def of_coda(slot: Rows, place: Rows, lane: Rows) -> "Tokens":
+        """Beyond the loop: nothing else matters there."""
+        zero = np.zeros_like(slot)
+        return Tokens(slot, place, lane, zero, zero, zero, zero, zero)
+
     def __len__(self) -> int:
         return len(self.slot)
 

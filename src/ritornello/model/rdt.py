@@ -10,7 +10,7 @@ h stays in float32 or better throughout: in bfloat16 a decay near 1 would leave 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class RecurrentDepthTransformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) or (B, T, C) -> (B, T, D): the sum over C tables."""
         ids = tokens if tokens.ndim == 3 else tokens[..., None]
-        return torch.stack([table(ids[..., i]) for i, table in enumerate(self.embed_tokens)]).sum(0)
+        return reduce(torch.add, (table(ids[..., i]) for i, table in enumerate(self.embed_tokens)))
 
     def prelude(self, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
         """Embeddings (B, T, D) -> e (B, T, D)."""
