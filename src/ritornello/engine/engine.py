@@ -130,6 +130,8 @@ class Engine:
         self.tables = Tables(self.layout, self.pages)
         self.prefixes = Prefixes(self.pages)
         self.lanes = Lanes(4 * tick_tokens + exact)
+        one = model.config.carry_streams == 1 and model.config.read_out == "last"
+        self.read = "h" if one else "out"  # what the coda reads of a lane
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.active = NOBODY  # tokens in the loop
@@ -297,7 +299,7 @@ class Engine:
         lanes, context = together.lanes, together.context
         e = model.prelude(x, context, Tick(self.tables, all_new, together.plans))
         if model.config.is_plain:
-            self.lanes.put("out", lanes, e)
+            self.lanes.put(self.read, lanes, e)
             self._sort_out(np.isin(self.active.lane, new.lane), np.ones(len(new), np.bool_))
             return
         h = initial_state(model.config.initial_state, e, context)
@@ -342,11 +344,8 @@ class Engine:
                 everything, lanes, out, before, self._tensor(loops)[None], self._tensor(ends)[None]
             )
             ends = halted[0].cpu().numpy()
-        if any(sequence.request.draft for sequence in self.running):  # which reads it after any loop
-            self.lanes.put("out", lanes, out)
-        elif ends.any():
-            some = self._tensor(np.flatnonzero(ends))
-            self.lanes.put("out", lanes[some], out[:, some])
+        if self.read != "h":
+            self.lanes.put(self.read, lanes, out)
         self._sort_out(runs, ends[: len(moving)])
 
     def _runs(self) -> np.ndarray:
@@ -445,8 +444,8 @@ class Engine:
     def _coda(self, tokens: Tokens) -> Tensor:
         """(N, D), in which the logits are linear; in an exact pass of those that fill it too."""
         everything = self._filled(tokens)
-        together = self._together(everything, self.layout.coda, held="out")
-        h = self.lanes.get("out", together.lanes)
+        together = self._together(everything, self.layout.coda, held=self.read)
+        h = self.lanes.get(self.read, together.lanes)
         return self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
 
     def _of(self, leaving: list[_Leaving]) -> Tokens:
