@@ -179,7 +179,7 @@ class Engine:
             require(ok, "constraint", request.constraint, allowed)
             assert self.grammars is not None
             matcher = self.grammars.start(request.constraint)
-        sequence = Sequence(next(self._numbers), request, n_loops, room, matcher)
+        sequence = Sequence(next(self._numbers), request, ids.astype(np.int64), n_loops, room, matcher)
         self.waiting.append(sequence)
         return sequence.number
 
@@ -232,14 +232,14 @@ class Engine:
     def _enter(self) -> None:
         """One chunk of each sequence; those that decode come first. No more are in the loop than a tick takes."""
         room = min(self.tick_tokens - len(self.active), self.lanes.n_free)
-        words: list[Any] = []
+        words: list[np.ndarray] = []
         parts: list[Part] = []
 
         def enter(sequence: Sequence) -> int:
             n = min(self.chunk, len(sequence.tokens) - sequence.entered, room)
             if n > 0:
                 assert sequence.slot is not None
-                words.extend(sequence.tokens[sequence.entered : sequence.entered + n])
+                words.append(sequence.ids(n))
                 parts.append(Part(sequence.slot, *sequence.enter(n), sequence.rule))
             return n
 
@@ -253,7 +253,8 @@ class Engine:
                 break
         if not parts:
             return
-        new, ids = Tokens.made(parts, self.lanes.take(len(words))), np.array(words)
+        ids = np.concatenate(words)
+        new = Tokens.made(parts, self.lanes.take(len(ids)))
         self.active = Tokens.joined([self.active, new])
         kept = self._take(self.layout.prelude, new)
         if len(kept) < len(new):
@@ -376,7 +377,7 @@ class Engine:
             some: Any = slice(None) if alike else self._tensor(members)  # a slice copies nothing
             rule: Any = None
             if kind >= 0:
-                threshold = torch.tensor(tokens.threshold[members].tolist(), dtype=out.dtype, device=self.device)[None]
+                threshold = self._tensor(tokens.threshold[members]).to(out.dtype)[None]
                 rule = _Rules(RULES[kind], threshold, self._tensor(tokens.min_loops[members])[None])
             state = self.lanes.get_halt(lanes[some])
             h = out[:, some]

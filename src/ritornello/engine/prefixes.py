@@ -25,8 +25,8 @@ class Prefixes:
         return len(self._blocks)
 
     @staticmethod
-    def keys(tokens: Sequence[int], depth: object) -> list[bytes]:
-        """Of each whole block of `tokens`."""
+    def keys(tokens: Rows, depth: object) -> list[bytes]:
+        """Of each whole block of `tokens` (n,) or (n, C), int64."""
         return list(_chain(tokens, depth))
 
     def known(self, keys: Sequence[bytes]) -> int:
@@ -74,9 +74,8 @@ class Prefixes:
             self._blocks.move_to_end(key)
 
 
-def _chain(tokens: Sequence[int], depth: object) -> Iterator[bytes]:
+def _chain(tokens: Rows, depth: object) -> Iterator[bytes]:
     key = repr(depth).encode()
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
-        block = np.asarray(tokens[start : start + BLOCK], np.int64).tobytes()
-        key = hashlib.blake2b(key + block, digest_size=16).digest()
+        key = hashlib.blake2b(key + tokens[start : start + BLOCK].tobytes(), digest_size=16).digest()
         yield key

@@ -20,11 +20,14 @@ class Sequence:
     """Its tokens have entered the loop up to `entered`, passed the coda up to `left`. The first `n_sure` are known, the
     others are a draft: guessed, and not yet agreed with. slot: where the engine keeps what it holds, while it does."""
 
-    def __init__(self, number: int, request: Request, n_loops: int, room: int, matcher: Matcher | None = None) -> None:
+    def __init__(
+        self, number: int, request: Request, prompt: Rows, n_loops: int, room: int, matcher: Matcher | None = None
+    ) -> None:
         self.number, self.request, self.n_loops, self.room = number, request, n_loops, room
+        self._prompt = prompt  # (n,), or (n, C) of several token tables
         self.tokens = list(request.prompt)
         self.n_prompt = self.n_sure = len(self.tokens)
-        shared = request.prompt if request.loop_budget is None else request.prompt[:-1]  # whose depth is its own
+        shared = prompt if request.loop_budget is None else prompt[:-1]  # whose depth is its own
         self.keys = Prefixes.keys(shared, (n_loops, request.exit))
         self.loops = np.zeros(room, np.int64)  # that each token took
         self.matcher = matcher  # of what is sure
@@ -50,6 +53,11 @@ class Sequence:
     @property
     def n_guessed(self) -> int:
         return len(self.tokens) - self.n_sure
+
+    def ids(self, n: int) -> Rows:
+        """Of the next n tokens, (n,) or (n, C)."""
+        end = self.entered + n
+        return self._prompt[self.entered : end] if end <= self.n_prompt else np.array(self.tokens[self.entered : end])
 
     def enter(self, n: int) -> tuple[Rows, Rows | int]:
         """The places of the next n tokens, and how many loops each may take."""
