@@ -71,6 +71,7 @@ ARTICLE: dict[str, Any] = {
     "loop_embedding": True,
 }
 NONE: Mapping[str, Any] = {}
+TIED: dict[str, Any] = {"tie_embeddings": True}  # an answer is read by the vectors that questions are written in
 PLAIN: dict[str, Any] = {"n_recurrent_layers": 0, "halting": "none"}
 PONDER: dict[str, Any] = {"ponder_weight": 3e-3}  # of ACT: experiments/LOG.md, entry 13
 ONE_LOOP: dict[str, Any] = {"lr": 1e-3, "depth": "fixed", "min_loops": 1, "max_loops": 1, "mean_loops": 1.0}
@@ -111,10 +112,31 @@ SIZE = count_parameters(replace(DENSE, **ARTICLE))["total"]
 ARMS: dict[str, Arm] = {
     "article": Arm(role="looped", title="article model", model=ARTICLE),
     "dense": Arm(role="looped", title="smallest looped model"),
+    # those called tied are of systematic-generalisation, which fits their width and steps to its task
     # the best of 5 × 64, 3 × 80 and 8 × 48 after 500 to 1,500 steps: experiments/LOG.md, entry 6
+    "tied": Arm(role="looped", title="smallest looped model, tied", model=TIED),
+    "anchored": Arm(role="looped", title="smallest looped model, tied, anchored", model={**TIED, "anchored": True}),
     "plain-5x64": _plain("plain, the article model's parameters (5 × 64)", 5, 64, SIZE),
     "plain-depth": _plain("plain, equal depth", MAX_LOOPS, DENSE.dim),
+    "plain-tied-5x32": Arm(
+        role="plain",
+        title="plain, equal parameters (5 × 32), tied",
+        model={**TIED, **PLAIN, "n_prelude_layers": 5, "dim": 32, "head_dim": 32},
+        train=ONE_LOOP,
+    ),
+    "plain-tied-depth": Arm(
+        role="plain",
+        title="plain, equal depth, tied",
+        model={**TIED, **PLAIN, "n_prelude_layers": MAX_LOOPS},
+        train=ONE_LOOP,
+    ),
     "plain-one-layer": _plain("plain, one layer", 1, DENSE.dim),
+    "writes": Arm(
+        role="plain",
+        title="plain, one layer, writes its hops",
+        model={**PLAIN, "n_prelude_layers": 1},
+        train=ONE_LOOP,
+    ),
     "no-injection": Arm(role="ablation", title="no injection", model={"injection": "none"}),
     "slow-forgetting": Arm(
         role="ablation", title="slow forgetting, A = .9", model={"decay_init": 0.9, "input_init": 0.3}

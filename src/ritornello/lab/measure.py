@@ -160,16 +160,24 @@ def values(rows: Sequence[Row], **wanted: Any) -> list[float]:
 
 
 def accuracy_rows(
-    experiment: str, found: Trained, *, hops: Sequence[int], loops: Sequence[int], n: int = 0
+    experiment: str,
+    found: Trained,
+    *,
+    hops: Sequence[int],
+    loops: Sequence[int],
+    n: int = 0,
+    task: Task | None = None,
+    **more: Any,
 ) -> list[Row]:
-    """The map of accuracies. A plain model has one column, loops = 0."""
-    task = found.cell.build_task()
+    """The map of accuracies. A plain model has one column, loops = 0. task: another test than that of training, which
+    `more` names."""
+    task = task or found.cell.build_task()
     costs, questions = Costs(found, task), Questions.of(found.model, task, hops, n)
     rows = []
     for at, by_hops in accuracy(found.model, questions, (1,) if costs.plain else loops).items():
         at = 0 if costs.plain else at
         for k, value in by_hops.items():
-            where = {"hops": k, "loops": at, **costs.at(at)}
+            where = {"hops": k, "loops": at, **costs.at(at), **more}
             rows.append(row(experiment, found, metric="accuracy", value=value, n=n or N_QUESTIONS, **where))
     return rows
 

@@ -3,10 +3,14 @@
 from ritornello.lab.experiments.adaptive_depth import AdaptiveDepth
 from ritornello.lab.experiments.base import Experiment
 from ritornello.lab.experiments.depth_extrapolation import DepthExtrapolation
+from ritornello.lab.experiments.loops_vs_cot import LoopsVsCot
 from ritornello.lab.experiments.stability import Stability
+from ritornello.lab.experiments.systematic_generalisation import SystematicGeneralisation
 
 EXPERIMENTS: dict[str, Experiment] = {
     "depth-extrapolation": DepthExtrapolation(),
     "stability": Stability(),
     "adaptive-depth": AdaptiveDepth(),
+    "systematic-generalisation": SystematicGeneralisation(),
+    "loops-vs-cot": LoopsVsCot(),
 }

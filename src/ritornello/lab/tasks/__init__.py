@@ -16,12 +16,14 @@ from ritornello.lab.tasks.reachability import Reachability
 from ritornello.lab.tasks.s5 import S5WordProblem
 from ritornello.lab.tasks.trees import Trees
 from ritornello.lab.tasks.walks import Walks
+from ritornello.lab.tasks.written import WrittenChains
 
 __all__ = ["TASKS", "Problems", "Split", "Task", "build_task"]
 
 TASKS: dict[str, Task] = {
     "cyclic": Cyclic(),
     "chains": Chains(),
+    "written-chains": WrittenChains(),
     "trees": Trees(),
     "parity": Parity(),
     "s5": S5WordProblem(),
