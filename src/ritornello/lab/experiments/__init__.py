@@ -2,9 +2,11 @@
 
 from ritornello.lab.experiments.adaptive_depth import AdaptiveDepth
 from ritornello.lab.experiments.base import Experiment
+from ritornello.lab.experiments.certified_depth import CertifiedDepth
 from ritornello.lab.experiments.depth_extrapolation import DepthExtrapolation
 from ritornello.lab.experiments.loops_vs_cot import LoopsVsCot
 from ritornello.lab.experiments.stability import Stability
+from ritornello.lab.experiments.superposition import Superposition
 from ritornello.lab.experiments.systematic_generalisation import SystematicGeneralisation
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -13,4 +15,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "adaptive-depth": AdaptiveDepth(),
     "systematic-generalisation": SystematicGeneralisation(),
     "loops-vs-cot": LoopsVsCot(),
+    "certified-depth": CertifiedDepth(),
+    "superposition": Superposition(),
 }
