@@ -15,7 +15,7 @@ from ritornello.lab.tasks import Task
 
 MAX_LOOPS = 8  # in training
 STEPS = 2400
-QUICK_STEPS: Mapping[Role, int] = {"looped": 1500, "plain": 2000}
+QUICK_STEPS: Mapping[Role, int] = {"looped": 1500, "ablation": 1500, "plain": 2000}
 
 # The vocabulary is chains' for 32 nodes; a cell has its own task's.
 # One dense layer, no prelude, no coda, no positions: the least that learns to follow edges.
@@ -72,6 +72,8 @@ ARTICLE: dict[str, Any] = {
 }
 NONE: Mapping[str, Any] = {}
 TIED: dict[str, Any] = {"tie_embeddings": True}  # an answer is read by the vectors that questions are written in
+NO_LORA: dict[str, Any] = {"lora_rank": 0}
+NO_LOOP_EMBEDDING: dict[str, Any] = {"loop_embedding": False}
 PLAIN: dict[str, Any] = {"n_recurrent_layers": 0, "halting": "none"}
 PONDER: dict[str, Any] = {"ponder_weight": 3e-3}  # of ACT: experiments/LOG.md, entry 13
 ONE_LOOP: dict[str, Any] = {"lr": 1e-3, "depth": "fixed", "min_loops": 1, "max_loops": 1, "mean_loops": 1.0}
@@ -95,6 +97,20 @@ def _cost(model: ModelConfig, loops: float) -> float:
     )
 
 
+def _without(part: str, changes: Mapping[str, Any]) -> Arm:
+    return Arm(role="ablation", title=f"article model without {part}", model={**ARTICLE, **changes})
+
+
+def _one_expert(title: str, counted: str) -> Arm:
+    """The article model with one expert, which every token gets: a dense loop, as wide as makes `counted` parameters
+    the same. ffn_dim would not do: it is the width of prelude and coda too."""
+    one: dict[str, Any] = {"n_experts": 1, "n_active_experts": 1, "n_shared_experts": 0}
+    sizes = [count_parameters(replace(DENSE, **ARTICLE | one | {"expert_dim": width}))[counted] for width in (1, 2)]
+    wanted = count_parameters(replace(DENSE, **ARTICLE))[counted]
+    width = 1 + round((wanted - sizes[0]) / (sizes[1] - sizes[0]))
+    return Arm(role="ablation", title=title, model=ARTICLE | one | {"expert_dim": width})
+
+
 def _plain(title: str, n_layers: int, dim: int, n_parameters: int = 0) -> Arm:
     """A plain transformer that gets 4 times the article model's training FLOPs, with the same share of them at a
     falling rate.
@@ -111,11 +127,22 @@ def _plain(title: str, n_layers: int, dim: int, n_parameters: int = 0) -> Arm:
 SIZE = count_parameters(replace(DENSE, **ARTICLE))["total"]
 ARMS: dict[str, Arm] = {
     "article": Arm(role="looped", title="article model", model=ARTICLE),
+    "article-no-lora": _without("LoRA", NO_LORA),
+    "article-no-loop-embedding": _without("loop embedding", NO_LOOP_EMBEDDING),
+    "article-no-signals": _without("LoRA and loop embedding", NO_LORA | NO_LOOP_EMBEDDING),
+    "article-no-prelude": _without("prelude", {"n_prelude_layers": 0}),
+    "article-no-coda": _without("coda", {"n_coda_layers": 0}),
+    "article-bare": _without("prelude and coda", {"n_prelude_layers": 0, "n_coda_layers": 0}),
+    "article-no-halting": _without("halting", {"halting": "none"}),
+    # it starts from e, or the input would never arrive
+    "article-no-injection": _without("injection", {"injection": "none", "initial_state": "e"}),
+    "article-dense-active": _one_expert("article model, dense loop of equal active parameters", "active"),
+    "article-dense-total": _one_expert("article model, dense loop of equal total parameters", "total"),
     "dense": Arm(role="looped", title="smallest looped model"),
     # those called tied are of systematic-generalisation, which fits their width and steps to its task
-    # the best of 5 × 64, 3 × 80 and 8 × 48 after 500 to 1,500 steps: experiments/LOG.md, entry 6
     "tied": Arm(role="looped", title="smallest looped model, tied", model=TIED),
     "anchored": Arm(role="looped", title="smallest looped model, tied, anchored", model={**TIED, "anchored": True}),
+    # the best of 5 × 64, 3 × 80 and 8 × 48 after 500 to 1,500 steps: experiments/LOG.md, entry 6
     "plain-5x64": _plain("plain, the article model's parameters (5 × 64)", 5, 64, SIZE),
     "plain-depth": _plain("plain, equal depth", MAX_LOOPS, DENSE.dim),
     "plain-tied-5x32": Arm(

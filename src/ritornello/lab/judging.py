@@ -21,18 +21,18 @@ def reaches(values: Sequence[float], threshold: float) -> Outcome:
     return "does not hold" if found.high < threshold else "inconclusive"
 
 
-def is_better(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
-    """Whether the models of `a` are better than those of `b` by MARGIN, and the test in words.
+def is_better(a: Sequence[float], b: Sequence[float], margin: float = MARGIN) -> tuple[Outcome, str]:
+    """Whether the models of `a` are better than those of `b` by `margin`, and the test in words.
 
-    Refuted only where the 95% interval of the difference (Welch) lies below MARGIN.
+    Refuted only where the 95% interval of the difference (Welch) lies below `margin`.
     """
     if min(len(a), len(b)) < MIN_SEEDS:
         return "inconclusive", f"none: {seeds(min(len(a), len(b)))}"
     found, p = difference(a, b), greater(a, b)
     test = f"exact one-sided permutation test, difference {interval(found)}, p = {p:.3g}"
-    if found.mean >= MARGIN and p <= ALPHA:
+    if found.mean >= margin and p <= ALPHA:
         return "holds", test
-    return ("does not hold" if found.high < MARGIN else "inconclusive"), test
+    return ("does not hold" if found.high < margin else "inconclusive"), test
 
 
 def is_better_paired(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
@@ -74,6 +74,14 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
         if outcome in outcomes:
             return outcome
     return "holds"
+
+
+def any_of(outcomes: Sequence[Outcome]) -> Outcome:
+    """One success decides; a doubt leaves it open."""
+    for outcome in ("holds", "inconclusive", "not tested at this scale"):
+        if outcome in outcomes:
+            return outcome
+    return "does not hold"
 
 
 def listed(values: Sequence[float]) -> str:

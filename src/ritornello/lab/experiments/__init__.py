@@ -1,10 +1,12 @@
 """One file for each claim; a new experiment is a file and a line here."""
 
+from ritornello.lab.experiments.ablation import Ablation
 from ritornello.lab.experiments.adaptive_depth import AdaptiveDepth
 from ritornello.lab.experiments.base import Experiment
 from ritornello.lab.experiments.certified_depth import CertifiedDepth
 from ritornello.lab.experiments.depth_extrapolation import DepthExtrapolation
 from ritornello.lab.experiments.loops_vs_cot import LoopsVsCot
+from ritornello.lab.experiments.routing import Routing
 from ritornello.lab.experiments.stability import Stability
 from ritornello.lab.experiments.superposition import Superposition
 from ritornello.lab.experiments.systematic_generalisation import SystematicGeneralisation
@@ -17,4 +19,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "loops-vs-cot": LoopsVsCot(),
     "certified-depth": CertifiedDepth(),
     "superposition": Superposition(),
+    "routing": Routing(),
+    "ablation": Ablation(),
 }

@@ -1,0 +1,302 @@
+"""Which part of the article's model earns its place: each is taken away in turn; and what prelude and coda compute."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ritornello.lab import arms, judging
+from ritornello.lab.cell import TEST_SEED, Cell, Trained, build, sizes
+from ritornello.lab.experiments.accuracies import (
+    HOPS,
+    LEARNT,
+    TEST_LOOPS,
+    Accuracies,
+    accuracy_table,
+    curve_picture,
+)
+from ritornello.lab.experiments.base import Scale, TrainedExperiment
+from ritornello.lab.experiments.tables import costs_table
+from ritornello.lab.measure import N_QUESTIONS, Questions, Row, accuracy_rows, pick_rows, row, values
+from ritornello.lab.report import Outcome, Picture, Table, Verdict
+from ritornello.lab.stages import reached, skipping
+from ritornello.lab.statistics import MIN_SEEDS
+from ritornello.lab.tasks import TASKS
+
+CHAINS = "chains"
+MODEL, BARE = "article", "article-bare"
+PARTS = {
+    "article-no-prelude": "prelude",
+    "article-no-coda": "coda",
+    BARE: "prelude with coda",
+    "article-no-lora": "LoRA",
+    "article-no-loop-embedding": "loop embedding",
+    "article-dense-active": "mixture of experts",
+    "article-no-halting": "halting",
+    "article-no-injection": "injection",
+}
+EVERY = (MODEL, *PARTS)
+LOOPS = (arms.MAX_LOOPS, TEST_LOOPS)
+# Of the probes: problems, their hops, the loops after which they read, and the nodes, up to so many hops on.
+N_PROBLEMS, DEEP, READ_LOOPS, N_AHEAD = 96, 20, 3, 6
+KNOWN = 0.5  # of a probe's accuracy from which on a state is said to hold a node; guessing has .03
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """A number by seed that says how good an arm is on a task, the larger the better (of bits per byte, the negative),
+    and the difference that counts."""
+
+    name: str
+    of: Callable[[Sequence[Row], str], list[float]]
+    margin: float = judging.MARGIN
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is measured of an arm on one task, and the gauges that judge it. A new task is a line in TRIALS."""
+
+    measure: Callable[[str, Trained], list[Row]]
+    gauges: tuple[Gauge, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of training
+
+
+def _accuracies(rows: Sequence[Row]) -> Accuracies:
+    return Accuracies(rows, CHAINS, test_loops=TEST_LOOPS)
+
+
+def _training_hops(rows: Sequence[Row], arm: str) -> list[float]:
+    found = _accuracies(rows)
+    return found.means(arm, found.training, arms.MAX_LOOPS)
+
+
+def _hops_beyond(rows: Sequence[Row], arm: str) -> list[float]:
+    found = _accuracies(rows)
+    return found.means(arm, found.beyond, TEST_LOOPS)
+
+
+def _measure_chains(experiment: str, found: Trained) -> list[Row]:
+    """Accuracies, with and without loop and coda; and what each stage holds, before training too."""
+    rows, task = accuracy_rows(experiment, found, hops=HOPS, loops=LOOPS), found.cell.build_task()
+    of = sizes(found.cell)
+    skipped = skipping(found.model, Questions.of(found.model, task, HOPS), arms.MAX_LOOPS)
+    for part, by_hops in skipped.items():
+        for k, value in by_hops.items():
+            where: dict[str, Any] = {"hops": k, "loops": arms.MAX_LOOPS, "skipped": part, **of}
+            rows.append(row(experiment, found, metric="accuracy_skipped", value=value, n=N_QUESTIONS, **where))
+    how: dict[str, Any] = {"hops": DEEP, "n_loops": READ_LOOPS, "n_ahead": N_AHEAD, "n_problems": N_PROBLEMS}
+    for name, model in (("trained", found.model), ("untrained", build(found.cell))):
+        for stage, by_node in reached(model, task, **how).items():
+            for k, value in enumerate(by_node):
+                where = {"hops": DEEP, "loops": READ_LOOPS, "of": name, "stage": stage, "ahead": k, **of}
+                rows.append(row(experiment, found, metric="probe", value=value, n=N_PROBLEMS, **where))
+    return rows
+
+
+TRIALS: Mapping[str, Trial] = {
+    CHAINS: Trial(_measure_chains, (Gauge("training hops", _training_hops), Gauge("hops beyond", _hops_beyond))),
+}
+
+
+class Ablation(TrainedExperiment):
+    name = "ablation"
+    title = "Ablation: which part of the article's model earns its place?"
+    question = (
+        "What does the article model lose on depth extrapolation when one of its parts is taken away, and do prelude "
+        "and coda compute or only adapt?"
+    )
+    prediction = (
+        "Injection earns its place. Prelude, coda, LoRA, loop embedding, experts and halting do not, and without some "
+        "of them the model reaches further. The prelude takes one hop, the coda none."
+    )
+    rules: ClassVar = {
+        "earns": (
+            f"Mean accuracy over the training hops at {arms.MAX_LOOPS} loops, and over those beyond (6 to 20) at "
+            f"{TEST_LOOPS}. Earns its place (holds): on either, the article model is better than without the part by "
+            "at least .1, with p <= .05 in the exact one-sided permutation test over seeds. Does not: on both, the 95% "
+            "interval of the difference (Welch) lies below .1. Else, or under 3 seeds, inconclusive."
+        ),
+        "burdens": (
+            "The same means and tests the other way round. Holds: on either, the model without the part is better by "
+            "at least .1. Does not hold: on neither, by the intervals. Else, or under 3 seeds, inconclusive."
+        ),
+        "works": (
+            f"Mean accuracy over the training hops at {arms.MAX_LOOPS} loops. Holds: the mean over seeds is at least "
+            f"{LEARNT}. Does not hold: the 95% t interval lies below. Else, or under 3 seeds, inconclusive."
+        ),
+        "computes": (
+            "A linear map from a question's state to the node k hops on, fitted on training problems, read on test "
+            f"problems, for k up to {N_AHEAD}. A stage holds the nodes that it names with an accuracy of at least "
+            f"{KNOWN}; how far it has come is the largest such k. Computes hops (holds): in every seed the part's "
+            "output has come further than its input: prelude against embedding, coda against the state after "
+            f"{READ_LOOPS} loops. Does not: in none. Else, or under 3 seeds, inconclusive."
+        ),
+    }
+    sources = (
+        "2604.07822, sections 5 and 6 (loops, no positions)",
+        "Bansal et al. 2202.05826 (recall: without injection, no extrapolation)",
+        "Tuned lens 2303.08112",
+    )
+    budget: ClassVar = {
+        "quick": "5 minutes on 2 cores",
+        "full": "about 65 core-minutes beyond routing and depth-extrapolation, whose models it uses",
+    }
+    notes = (
+        "Depth mask: in training a looped model is asked only those questions that its number of loops can reach "
+        "(hops <= loops). It is not told the number of hops, neither then nor in the test.",
+        "Every arm trains on the same problems for as many steps at the same rate, chosen for the smallest looped "
+        "model; input_init and the zero initial state were chosen for the article model with its prelude "
+        "(experiments/LOG.md, entries 4 to 6), so that what is taken away may have lost what was set for it.",
+        "At 20 hops alone the article model is known to be near guessing (.27 in five seeds of depth-extrapolation, "
+        "guessing .24), where nothing can be lost; so the rule reads the mean over all hops beyond (known: .58).",
+        "Without experts: one dense expert of equal active parameters. Without injection the loop starts from e, or "
+        "the input would never arrive. Without halting there is neither gate nor probe; both are fitted to detached "
+        "states and change training by their share of the clipped gradient's norm alone, so that what halting is for, "
+        "loops saved, is not judged here but in adaptive-depth.",
+        "Skipped loop: the coda, or the head alone, reads the prelude's output. Parts were not trained for what they "
+        "then read: that a skipped part costs does not show what it computes, that it costs nothing does show it.",
+        f"Probes read questions of at least {N_AHEAD} hops in problems of {DEEP}, whose nodes all differ, {N_PROBLEMS} "
+        "problems to fit and as many to read; before training only the node asked about can be read.",
+        "A first look at probes and skipped parts was taken on seed 0 of the article model, which comes with the "
+        "toolkit, before the rules; of the models without a part, only one without LoRA and loop embedding had been "
+        "seen, of another seed (experiments/LOG.md, entry 25).",
+        "Each verdict is at its own 5% level; nothing is corrected for their number. Intervals are over seeds: all "
+        "answer the same questions.",
+    )
+    measured: ClassVar = {
+        "hops": HOPS,
+        "loops": LOOPS,
+        "questions": N_QUESTIONS,
+        "probes": (N_PROBLEMS, DEEP, READ_LOOPS, N_AHEAD),
+        "test_seed": TEST_SEED,
+    }
+
+    def cells(self, scale: Scale) -> list[Cell]:
+        if scale == "quick":
+            return [arms.quick(arm, TASKS[CHAINS]) for arm in (MODEL, BARE)]
+        return [
+            arms.cell(arm, TASKS[task], seed=seed, masked=True, **trial.changes)
+            for seed in range(3)
+            for task, trial in TRIALS.items()
+            for arm in EVERY
+        ]
+
+    def measure(self, found: Trained) -> list[Row]:
+        return TRIALS[found.cell.task].measure(self.name, found)
+
+    def judge(self, rows: Sequence[Row]) -> list[Verdict]:
+        verdicts = []
+        for task, trial in TRIALS.items():
+            found = pick_rows(rows, task=task)
+            there = {row["model"] for row in found}
+            for arm in [arm for arm in PARTS if {arm, MODEL} <= there]:
+                verdicts.append(self._differs(found, trial, arm, "earns"))
+                verdicts.append(self._differs(found, trial, arm, "burdens"))
+            if task == CHAINS and BARE in there:
+                verdicts.append(self._works(found))
+            if task == CHAINS and MODEL in there:
+                last = f"loop {READ_LOOPS}"
+                verdicts.append(self._computes(found, "prelude", "embedding", "prelude"))
+                verdicts.append(self._computes(found, "coda", last, "coda"))
+        return verdicts
+
+    def _differs(self, rows: Sequence[Row], trial: Trial, arm: str, rule: str) -> Verdict:
+        outcomes: list[Outcome] = []
+        evidence, tests = [], []
+        for gauge in trial.gauges:
+            whole, without = gauge.of(rows, MODEL), gauge.of(rows, arm)
+            pair = (whole, without) if rule == "earns" else (without, whole)
+            outcome, test = judging.is_better(*pair, margin=gauge.margin)
+            outcomes.append(outcome)
+            tests.append(f"{gauge.name}: {test}")
+            said = (f"{judging.shown(found)} ({judging.listed(found)})" for found in (without, whole))
+            evidence.append(f"{gauge.name} " + " without, with ".join(said))
+        on = "" if rows[0]["task"] == CHAINS else f", on {TASKS[rows[0]['task']].title}"
+        claim = "earns its place" if rule == "earns" else "is a burden: without it the model is better"
+        return self.verdict(
+            rule,
+            rows,
+            arm,
+            claim=f"{PARTS[arm]}: {claim}{on}",
+            outcome=judging.any_of(outcomes),
+            evidence="; ".join(evidence),
+            test="; ".join(tests),
+        )
+
+    def _works(self, rows: Sequence[Row]) -> Verdict:
+        found = _training_hops(rows, BARE)
+        beyond = _hops_beyond(rows, BARE)
+        return self.verdict(
+            "works",
+            rows,
+            BARE,
+            claim="the article model works with neither prelude nor coda",
+            outcome=judging.reaches(found, LEARNT),
+            evidence=f"training hops {judging.shown(found)} ({judging.listed(found)}), beyond {judging.shown(beyond)}",
+            test=f"mean over seeds against {LEARNT}",
+        )
+
+    def _computes(self, rows: Sequence[Row], part: str, before: str, after: str) -> Verdict:
+        came, comes = (farthest(rows, MODEL, stage) for stage in (before, after))
+        gains = [b - a for a, b in zip(came, comes, strict=True)]
+        outcome: Outcome = "inconclusive"
+        if len(gains) >= MIN_SEEDS:
+            outcome = "holds" if min(gains) > 0 else "does not hold" if max(gains) <= 0 else "inconclusive"
+        shown = (" ".join(map(str, found)) for found in (came, comes))
+        skipped = values(rows, model=MODEL, skipped="coda", hops=5)
+        said = f"; 5 hops without the coda {judging.shown(skipped)}" if part == "coda" else ""
+        return self.verdict(
+            "computes",
+            rows,
+            MODEL,
+            claim=f"article model: the {part} computes hops",
+            outcome=outcome,
+            evidence="hops that can be read, by seed: "
+            + f" from the {before}, ".join(shown)
+            + f" from its output{said}",
+            test="in every seed, or in none",
+        )
+
+    def show(self, rows: Sequence[Row]) -> tuple[list[Table], list[Picture]]:
+        found = _accuracies(rows)
+        every = found.arms(EVERY)
+        tables = [_stage_table(rows, every), _skip_table(rows, every), accuracy_table(found, every)]
+        return [*tables, costs_table(found.rows, every)], [curve_picture(found, every)]
+
+
+def probes(rows: Sequence[Row], arm: str, stage: str, *, of: str = "trained") -> np.ndarray:
+    """(seeds, hops on): accuracy"""
+    found = values(rows, model=arm, metric="probe", stage=stage, of=of)
+    return np.reshape(found, (-1, N_AHEAD + 1))
+
+
+def farthest(rows: Sequence[Row], arm: str, stage: str) -> list[int]:
+    """By seed, the most hops on that a linear map can read; 0 where it reads none."""
+    return [int(max(np.flatnonzero(by_node >= KNOWN), default=0)) for by_node in probes(rows, arm, stage)]
+
+
+def _stage_table(rows: Sequence[Row], every: Sequence[str]) -> Table:
+    lines = []
+    stages = list(dict.fromkeys(row["stage"] for row in pick_rows(rows, metric="probe")))
+    for arm in every:
+        for of in ("trained", "untrained") if arm == MODEL else ("trained",):
+            for stage in stages:
+                by_node = probes(rows, arm, stage, of=of).T
+                cells = (judging.shown(found.tolist()) for found in by_node)
+                lines.append((arms.ARMS[arm].title, of, stage, *cells))
+    head = ("model", "", "stage", *(f"{k} on" for k in range(N_AHEAD + 1)))
+    note = f"accuracy of a linear map to the node so many hops on, in problems of {DEEP} hops; mean ± sd over seeds"
+    return Table(title="What can be read on the way", head=head, rows=tuple(lines), note=note)
+
+
+def _skip_table(rows: Sequence[Row], every: Sequence[str]) -> Table:
+    lines = []
+    for arm in every:
+        for part in ("loop", "loop and coda", "coda"):
+            pick = {"model": arm, "metric": "accuracy_skipped", "skipped": part}
+            cells = (judging.shown(values(rows, hops=k, **pick)) for k in (1, 2, 3, 5, 8))
+            lines.append((arms.ARMS[arm].title, part, *cells))
+    head = ("model", "without", *(f"{k} hops" for k in (1, 2, 3, 5, 8)))
+    note = f"the coda is skipped after {arms.MAX_LOOPS} loops; mean ± sd over seeds"
+    return Table(title="Accuracy with a part left out of the trained model", head=head, rows=tuple(lines), note=note)

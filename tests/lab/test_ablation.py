@@ -1,0 +1,152 @@
+"""What a model knows on the way, and the verdicts on the parts of the article's model."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ritornello.lab import arms, cell, judging, measure, stages
+from ritornello.lab.experiments import EXPERIMENTS, ablation
+from ritornello.lab.experiments.ablation import BARE, EVERY, MODEL, N_AHEAD, PARTS, Ablation, farthest
+from ritornello.lab.measure import Questions, Row, accuracy
+from ritornello.lab.tasks import TASKS
+from ritornello.recipes import find_model
+
+TASK = TASKS["chains"]
+YES = "holds"
+
+
+def as_if_trained(each: cell.Cell) -> cell.Trained:
+    """Nothing here hangs on what was learnt."""
+    facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "flops": 1.0, "peak_bytes": 1, "loss": None}
+    return cell.Trained(cell=each, model=cell.build(each).eval(), **facts)
+
+
+def tiny(arm: str) -> cell.Cell:
+    return arms.cell(arm, TASK, seed=0, masked=True)
+
+
+def test_stages_end_where_the_model_does() -> None:
+    model = cell.build(tiny(MODEL)).eval()
+    tokens = torch.from_numpy(measure.problems(TASK, 3, told=False, n=2).tokens)
+    with torch.no_grad():
+        found, out = stages.states(model, tokens, 2), model(tokens, n_loops=2)
+    assert list(found) == ["embedding", "prelude", "loop 1", "loop 2", "coda"]
+    assert torch.equal(found["coda"], out.hidden) and not torch.equal(model.norm(found["loop 2"]), out.hidden)
+
+
+def test_a_model_without_a_coda_loses_nothing_by_skipping_it() -> None:
+    model = cell.build(tiny("article-no-coda"))
+    questions = Questions.of(model, TASK, (1, 3), n=8)
+    found = stages.skipping(model, questions, 4)
+    assert found["coda"] == accuracy(model, questions, (4,))[4] and found["loop"] == found["loop and coda"]
+
+
+def test_what_the_shipped_model_knows_on_the_way() -> None:
+    found = cell.load(find_model("chains-moe"))
+    how: dict[str, Any] = {"hops": 20, "n_loops": 2, "n_ahead": 4, "n_problems": 64}
+    by_stage = stages.reached(found.model, TASK, **how)
+    assert by_stage["embedding"][0] > 0.9 > 0.2 > by_stage["embedding"][1]
+    assert by_stage["prelude"][1] > 0.8 > 0.2 > by_stage["prelude"][2]
+    assert by_stage["loop 2"][3] > 0.8 > 0.2 > by_stage["coda"][4]
+    untrained = stages.reached(cell.build(found.cell), TASK, **how)
+    assert untrained["prelude"][1] < 0.2 < untrained["prelude"][0]
+
+
+def test_each_arm_changes_what_its_name_says() -> None:
+    whole = vars(tiny(MODEL).model)
+    names = {arm: {name for name, x in vars(tiny(arm).model).items() if x != whole[name]} for arm in PARTS}
+    assert names["article-no-lora"] == {"lora_rank"} and names["article-no-halting"] == {"halting"}
+    assert names["article-no-injection"] == {"injection", "initial_state"}
+    assert names[BARE] == {"n_prelude_layers", "n_coda_layers"}
+    assert names["article-dense-active"] == {"n_experts", "n_active_experts", "n_shared_experts", "expert_dim"}
+    assert all(tiny(arm).train == tiny(MODEL).train for arm in EVERY)
+
+
+def test_models_are_shared_with_the_other_experiments() -> None:
+    shared = {
+        name: {each.name for each in EXPERIMENTS[name].cells("full")}
+        for name in ("depth-extrapolation", "routing", "ablation")
+    }
+    assert len(shared["routing"] & shared["ablation"]) == 12 and len(shared["ablation"]) == 27
+    assert len(shared["depth-extrapolation"] & shared["ablation"] & shared["routing"]) == 3
+
+
+def test_rows_are_measured_judged_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "N_QUESTIONS", 2)
+    monkeypatch.setattr(ablation, "HOPS", (1, 2, 3, 5, 8, 10, 15, 20))
+    monkeypatch.setattr(ablation, "N_PROBLEMS", 2)
+    experiment = Ablation()
+    rows = [row for arm in (MODEL, BARE) for row in experiment.measure(as_if_trained(tiny(arm)))]
+    assert [len(found) for found in experiment.show(rows)] == [4, 1]
+    verdicts = experiment.judge(rows)
+    assert len(verdicts) == 5 and {verdict.outcome for verdict in verdicts} == {"inconclusive"}
+    assert len(experiment.judge([row for row in rows if row["model"] == BARE])) == 1
+
+
+def made_up(training: dict[str, float], beyond: dict[str, float], reached: dict[str, int]) -> list[Row]:
+    """Three seeds; what is not said is as in the article model, .95 and .6. reached: by stage, on all seeds."""
+    rows: list[Row] = []
+    for seed in range(3):
+        for arm in EVERY:
+            base = {"task": "chains", "model": arm, "seed": seed, "total": 1}
+            for hops in ablation.HOPS:
+                value = training.get(arm, 0.95) if hops <= 5 else beyond.get(arm, 0.6)
+                here = base | {"hops": hops, "metric": "accuracy", "value": value + 0.001 * seed}
+                rows += [here | {"loops": loops} for loops in ablation.LOOPS]
+            for stage, far in ({"embedding": 0, "prelude": 1, "loop 3": 4, "coda": 4} | reached).items():
+                here = base | {"metric": "probe", "stage": stage, "of": "trained"}
+                rows += [here | {"ahead": k, "value": 0.9 if k == far else 0.03} for k in range(N_AHEAD + 1)]
+            rows.append(base | {"metric": "accuracy_skipped", "skipped": "coda", "hops": 5, "value": 1.0})
+    return rows
+
+
+def outcomes(rows: list[Row]) -> dict[str, str]:
+    return {verdict.claim: verdict.outcome for verdict in Ablation().judge(rows)}
+
+
+def test_parts_are_judged_by_their_rule() -> None:
+    found = outcomes(
+        made_up(
+            training={"article-no-injection": 0.5, "article-no-coda": 0.8},
+            beyond={"article-no-lora": 0.9, "article-no-prelude": 0.3, "article-no-coda": 0.9},
+            reached={},
+        )
+    )
+    earns = {part: found[f"{part}: earns its place"] for part in PARTS.values()}
+    assert {part for part, outcome in earns.items() if outcome == "holds"} == {"injection", "prelude", "coda"}
+    assert set(earns.values()) == {"holds", "does not hold"}
+    burdens = {part for part in PARTS.values() if found[f"{part}: is a burden: without it the model is better"] == YES}
+    assert burdens == {"LoRA", "coda"}  # the coda helps here and harms there
+    assert found["the article model works with neither prelude nor coda"] == "holds"
+    assert found["article model: the prelude computes hops"] == "holds"
+    assert found["article model: the coda computes hops"] == "does not hold"
+
+
+def test_prelude_and_coda_can_be_judged_the_other_way() -> None:
+    found = outcomes(made_up({BARE: 0.4}, {}, {"prelude": 0, "coda": 5}))
+    assert found["the article model works with neither prelude nor coda"] == "does not hold"
+    assert found["article model: the prelude computes hops"] == "does not hold"
+    assert found["article model: the coda computes hops"] == "holds"
+    assert farthest(made_up({}, {}, {"loop 3": 6}), MODEL, "loop 3") == [6, 6, 6]
+
+
+def test_seeds_that_disagree_decide_nothing() -> None:
+    rows = made_up({}, {}, {})
+    for row in rows:
+        if row.get("stage") == "prelude" and row["seed"] == 2:
+            row["value"] = 0.03
+        if row["model"] == BARE and row["metric"] == "accuracy":
+            row["value"] = np.clip(row["value"] - 0.4 * (row["seed"] == 1), 0, 1)
+    found = outcomes(rows)
+    assert found["article model: the prelude computes hops"] == "inconclusive"
+    assert found["the article model works with neither prelude nor coda"] == "inconclusive"
+    assert found["prelude with coda: earns its place"] == "inconclusive"
+
+
+def test_another_task_brings_its_own_margin() -> None:
+    lower, higher = [0.50, 0.51, 0.52], [0.55, 0.56, 0.57]
+    assert judging.is_better(higher, lower)[0] == "does not hold"
+    assert judging.is_better(higher, lower, margin=0.02)[0] == "holds"
+    assert judging.any_of(["does not hold", "inconclusive"]) == "inconclusive"
