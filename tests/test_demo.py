@@ -13,7 +13,7 @@ from ritornello import demo, recipes
 from ritornello.accounting import count_parameters
 from ritornello.config import ModelConfig
 from ritornello.train.data import NO_LABEL, Rows, prepare
-from ritornello.train.ngram import baseline
+from ritornello.train.ngram import baseline, window_bits
 
 RECIPE = """
 name = "demo"
@@ -105,13 +105,13 @@ def test_trigram_is_scored_on_the_bytes_of_the_windows(small: Path) -> None:
     dataset = prepare(recipe.data, small / "cache")
     rows = Rows(dataset.validation, seq_len=32)
     batches = list(rows.evaluation(4))
-    bits = demo._trigram_bits(dataset, batches)
+    bits = window_bits(dataset, batches)
     assert len(bits) == len(rows)
     whole, n_targets = baseline(dataset), sum(int((batch.labels != NO_LABEL).sum()) for batch in batches)
     assert n_targets == dataset.validation.n_tokens - dataset.validation.n_documents
     assert bits.sum() < whole.bits.sum() < bits.sum() + 24 * 8 * dataset.validation.n_documents
     shifted = [replace(batch, indices=batch.indices + 1) for batch in batches[:-1]]
-    assert abs(demo._trigram_bits(dataset, shifted)[0] - bits[0]) > 1e-6
+    assert abs(window_bits(dataset, shifted)[0] - bits[0]) > 1e-6
 
 
 def results(plain: float) -> dict[str, Any]:

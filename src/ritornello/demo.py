@@ -18,7 +18,7 @@ from ritornello.engine.generate import Loaded, generate, load
 from ritornello.lab.processes import Beside
 from ritornello.progress import Progress
 from ritornello.train import files, ngram, runs
-from ritornello.train.data import NO_LABEL, Batch, Rows, prepare
+from ritornello.train.data import Batch, Rows, prepare
 from ritornello.train.evaluate import evaluate, gap
 from ritornello.train.shards import Dataset
 from ritornello.train.trainer import CACHE, train
@@ -133,7 +133,7 @@ def compare(trained: Mapping[str, Loaded], looped: str, dataset: Dataset, batche
         "halting": {"bpb": found.bpb(found.exit_nats), "mean_loops": found.exit_loops},
         "gains": {f"{a}->{b}": gap(found.nats[a], found.nats[b], found.n_bytes) for a, b in ((1, 2), (2, 4))},
         "plain": plain,
-        "trigram": {"bpb": float(_trigram_bits(dataset, batches).sum() / found.n_bytes.sum())},
+        "trigram": {"bpb": float(ngram.window_bits(dataset, batches).sum() / found.n_bytes.sum())},
         "validation_bytes": int(found.n_bytes.sum()),
         "data": dataset.fingerprint,
     }
@@ -144,17 +144,6 @@ def _size(loaded: Loaded) -> dict[str, Any]:
     steps, data = loaded.recipe.train, loaded.recipe.data
     tokens = steps.steps * steps.batch_size * data.seq_len
     return {"parameters": counted["total"], "active_parameters": counted["active"], "training_tokens": tokens}
-
-
-def _trigram_bits(dataset: Dataset, batches: Sequence[Batch]) -> np.ndarray:
-    """What a byte trigram model pays for each window, on the bytes of its targets."""
-    bits = ngram.token_bits(dataset)
-    found = []
-    for batch in batches:
-        length = batch.labels.shape[1]
-        at = batch.indices[:, None] * length + 1 + np.arange(length)
-        found.append(np.where(batch.labels == NO_LABEL, 0, bits[np.minimum(at, len(bits) - 1)]).sum(1))
-    return np.concatenate(found)
 
 
 def _describe_data(dataset: Dataset) -> str:

@@ -48,12 +48,12 @@ class Lab(Command):
 
 def listing() -> str:
     from ritornello.lab.experiments import EXPERIMENTS
-    from ritornello.lab.tasks import TASKS
+    from ritornello.lab.tasks import MATERIALS
 
     lines = []
     for experiment in EXPERIMENTS.values():
         lines += [experiment.name, f"    {experiment.question}", f"    predicted: {experiment.prediction}"]
         lines += [f"    {experiment.command(scale)}: {budget}" for scale, budget in experiment.budget.items()]
         lines += ["    sources: " + "; ".join(experiment.sources), ""]
-    lines.append("tasks: " + ", ".join(f"{name} ({task.title})" for name, task in TASKS.items()))
+    lines.append("tasks: " + ", ".join(f"{name} ({task.title})" for name, task in MATERIALS.items()))
     return "\n".join(lines)

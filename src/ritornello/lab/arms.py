@@ -11,7 +11,7 @@ from typing import Any
 from ritornello.accounting import at_mean_loops, count_parameters, fit_ffn, flops_per_token
 from ritornello.config import ModelConfig, TrainConfig
 from ritornello.lab.cell import Cell, Role, looped
-from ritornello.lab.tasks import Task
+from ritornello.lab.tasks import Material
 
 MAX_LOOPS = 8  # in training
 STEPS = 2400
@@ -90,11 +90,10 @@ class Arm:
     cell: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _cost(model: ModelConfig, loops: float) -> float:
-    """Training FLOPs per token at a mean number of loops, among 64 tokens."""
-    return at_mean_loops(
-        lambda n: flops_per_token(model, seq_len=64, n_loops=n, training=True, convention="full"), loops
-    )
+def cost(model: ModelConfig, loops: float, *, seq_len: int = 64) -> float:
+    """Training FLOPs per token at a mean number of loops."""
+    how: Any = {"seq_len": seq_len, "training": True, "convention": "full"}
+    return at_mean_loops(lambda n: flops_per_token(model, n_loops=n, **how), loops)
 
 
 def _without(part: str, changes: Mapping[str, Any]) -> Arm:
@@ -120,7 +119,7 @@ def _plain(title: str, n_layers: int, dim: int, n_parameters: int = 0) -> Arm:
     shape = replace(DENSE, **PLAIN, n_prelude_layers=n_layers, dim=dim, head_dim=dim // DENSE.n_heads)
     shape = fit_ffn(shape, n_parameters) if n_parameters else shape
     model = PLAIN | {name: getattr(shape, name) for name in ("n_prelude_layers", "dim", "head_dim", "ffn_dim")}
-    affordable = 4 * LOOPED.steps * _cost(replace(DENSE, **ARTICLE), LOOPED.mean_loops) / _cost(shape, 1)
+    affordable = 4 * LOOPED.steps * cost(replace(DENSE, **ARTICLE), LOOPED.mean_loops) / cost(shape, 1)
     return Arm(role="plain", title=title, model=model, train=ONE_LOOP | {"steps": int(affordable)})
 
 
@@ -186,7 +185,7 @@ ARMS: dict[str, Arm] = {
 
 def cell(
     arm: str,
-    task: Task,
+    task: Material,
     *,
     seed: int,
     masked: bool,
@@ -214,7 +213,7 @@ def cell(
     )
 
 
-def quick(arm: str, task: Task) -> Cell:
+def quick(arm: str, task: Material) -> Cell:
     """A cell of 3 minutes on one core: one seed, and fewer steps."""
     steps = QUICK_STEPS[ARMS[arm].role]
     return cell(arm, task, seed=0, masked=True, steps=steps)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ritornello import recipes
 from ritornello.accounting import at_mean_loops, count_parameters, flops_per_token
 from ritornello.config import ModelConfig, TrainConfig, require
-from ritornello.lab.tasks import Problems, Task, build_task
+from ritornello.lab.tasks import Material, Problems, build_task
 from ritornello.model.carry import SingleStream
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth, files, tensors
@@ -38,7 +38,7 @@ MODEL, CELL = "model.safetensors", "cell.json"
 class Cell:
     """What is trained: all that decides the weights, and the names under which results are filed.
 
-    task: a name in TASKS, which takes `task_sizes`. hops: the deepest question asked in training.
+    task: a name in MATERIALS, which takes `task_sizes`. hops: the deepest question asked in training.
     masked: only questions that a sequence's loops can reach are asked in training, hops <= loops.
     bf16_carry: the state is rounded to bfloat16 after each loop.
     """
@@ -61,7 +61,7 @@ class Cell:
         what = json.dumps(_chosen(self))
         return f"{self.task}-{self.arm}-s{self.seed}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
-    def build_task(self) -> Task:
+    def build_task(self) -> Material:
         return build_task(self.task, dict(self.task_sizes))
 
 
@@ -120,7 +120,7 @@ def build(cell: Cell) -> RecurrentDepthTransformer:
     return model
 
 
-def batch(cell: Cell, task: Task, step: int) -> Batch:
+def batch(cell: Cell, task: Material, step: int) -> Batch:
     """The training batch of `step`, a function of (seed, step) and the task; the same problems for every arm."""
     train = cell.train
     n = train.batch_size
@@ -138,7 +138,7 @@ def looped(train: TrainConfig, hops: int) -> TrainConfig:
     return replace(train, depth="uniform", min_loops=1, max_loops=hops, mean_loops=(1 + hops) / 2)
 
 
-def to_batch(task: Task, problems: Problems, *, loops: Any = None, told: bool, first: int = 0) -> Batch:
+def to_batch(task: Material, problems: Problems, *, loops: Any = None, told: bool, first: int = 0) -> Batch:
     """loops (n,): leave out questions of more hops; told: write the hop count in where loops would say it."""
     tokens = task.tell(problems) if told else problems.tokens
     labels = problems.answers

@@ -35,22 +35,22 @@ def is_better(a: Sequence[float], b: Sequence[float], margin: float = MARGIN) ->
     return ("does not hold" if found.high < margin else "inconclusive"), test
 
 
-def is_better_paired(a: Sequence[float], b: Sequence[float]) -> tuple[Outcome, str]:
-    """Whether pairs, one a seed, are better in `a` than in `b` by MARGIN: a model used in two ways, or two arms."""
+def is_better_paired(a: Sequence[float], b: Sequence[float], *, margin: float = MARGIN) -> tuple[Outcome, str]:
+    """Whether pairs, one a seed, are better in `a` than in `b` by `margin`: a model used in two ways, or two arms."""
     if len(a) < MIN_SEEDS:
         return "inconclusive", f"none: {seeds(len(a))}"
-    found = _paired(a, b)
+    found = paired(a, b)
     test = f"95% t interval of the paired difference {interval(found)}"
-    if found.mean >= MARGIN and found.low > 0:
+    if found.mean >= margin and found.low > 0:
         return "holds", test
-    return ("does not hold" if found.high < MARGIN else "inconclusive"), test
+    return ("does not hold" if found.high < margin else "inconclusive"), test
 
 
 def costs_at_most(before: Sequence[float], after: Sequence[float], cheap: float) -> tuple[Outcome, str]:
     """Whether pairs, one a seed, lose at most `cheap` from `before` to `after`: one model in two ways, or two arms."""
     if len(before) < MIN_SEEDS:
         return "inconclusive", f"none: {seeds(len(before))}"
-    lost = _paired(before, after)
+    lost = paired(before, after)
     test = f"95% t interval of the paired loss {interval(lost)} against {cheap}"
     if lost.high <= cheap:
         return "holds", test
@@ -64,7 +64,8 @@ def all_cost_at_most(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]
     return all_of([outcome for outcome, _ in judged.values()]), test
 
 
-def _paired(a: Sequence[float], b: Sequence[float]) -> Summary:
+def paired(a: Sequence[float], b: Sequence[float]) -> Summary:
+    """Of a - b, pair by pair."""
     return summarise((np.asarray(a) - np.asarray(b)).tolist())
 
 

@@ -2,19 +2,20 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ritornello.accounting import at_mean_loops, kv_bytes_per_token
 from ritornello.config import ExitRule
 from ritornello.lab.cell import TEST_SEED, Trained, sizes, to_batch
 from ritornello.lab.statistics import rank_correlation
-from ritornello.lab.tasks import Problems, Task
+from ritornello.lab.tasks import Material, Problems
 from ritornello.lab.tasks.base import Ids
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth
@@ -26,7 +27,7 @@ STREAM = 3  # of the host's random numbers
 Row = dict[str, Any]
 
 
-def problems(task: Task, hops: int, *, told: bool, n: int = 0) -> Batch:
+def problems(task: Material, hops: int, *, told: bool, n: int = 0) -> Batch:
     """Test problems that ask `n` questions of `hops` hops and no others; n = 0: N_QUESTIONS.
 
     The problems are as deep as training's, or as `hops` where that is more: a question of few hops comes in the kind
@@ -45,7 +46,7 @@ def problems(task: Task, hops: int, *, told: bool, n: int = 0) -> Batch:
     return batch
 
 
-def all_questions(task: Task, hops: int, *, n: int) -> tuple[Batch, Ids]:
+def all_questions(task: Material, hops: int, *, n: int) -> tuple[Batch, Ids]:
     """`n` test problems of depth `hops` with all their questions of at least one hop, and each question's hops."""
     found = task.sample(depth.generator(TEST_SEED, hops, STREAM), np.full(n, hops), split="test")
     batch = to_batch(task, found, told=False)
@@ -60,7 +61,7 @@ class Questions:
     asked: Mapping[int, Batch]
 
     @staticmethod
-    def of(model: RecurrentDepthTransformer, task: Task, hops: Sequence[int], n: int = 0) -> "Questions":
+    def of(model: RecurrentDepthTransformer, task: Material, hops: Sequence[int], n: int = 0) -> "Questions":
         told = model.config.is_plain
         return Questions({k: problems(task, k, told=told, n=n) for k in hops})
 
@@ -71,18 +72,31 @@ class Questions:
             yield k, torch.from_numpy(batch.tokens), labels, labels != NO_LABEL
 
 
-@torch.no_grad()
 def accuracy(
     model: RecurrentDepthTransformer, questions: Questions, loops: Sequence[int]
 ) -> dict[int, dict[int, float]]:
     """{loops: {hops: share of right answers}}; a plain model's one prediction stands under every number of loops."""
+    return _scores(model, questions, loops, lambda logits, labels: (logits.argmax(-1) == labels).double().mean())
+
+
+def nats(model: RecurrentDepthTransformer, questions: Questions, loops: Sequence[int]) -> dict[int, dict[int, float]]:
+    """{loops: {hops: cross entropy of an answer}}"""
+    return _scores(model, questions, loops, lambda logits, labels: F.cross_entropy(logits.double(), labels))
+
+
+@torch.no_grad()
+def _scores(
+    model: RecurrentDepthTransformer,
+    questions: Questions,
+    loops: Sequence[int],
+    score: Callable[[Tensor, Tensor], Tensor],
+) -> dict[int, dict[int, float]]:
     depths = sorted(set(loops))
     found: dict[int, dict[int, float]] = {at: {} for at in depths}
     with evaluating(model):
         for k, tokens, labels, asked in questions.tensors():
             for at, hidden in zip(depths, hidden_by_depth(model, tokens, None, depths), strict=True):
-                answers = model.logits(hidden[asked]).argmax(-1)
-                found[at][k] = float((answers == labels[asked]).double().mean())
+                found[at][k] = float(score(model.logits(hidden[asked]), labels[asked]))
     return found
 
 
@@ -99,7 +113,7 @@ def stopping(
 
 
 @torch.no_grad()
-def latency(model: RecurrentDepthTransformer, task: Task, *, repeats: int = 9) -> tuple[float, float]:
+def latency(model: RecurrentDepthTransformer, task: Material, *, repeats: int = 9) -> tuple[float, float]:
     """Milliseconds for one problem: of what runs once, and of each loop. The fastest of `repeats`, one at a time, since
     whatever else the machine does can only add."""
     tokens = torch.from_numpy(problems(task, 1, told=model.config.is_plain, n=1).tokens)
@@ -121,7 +135,7 @@ def _fastest_ms(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int, 
 class Costs:
     """What every row of a trained model states beside its result; latency and cache at the row's number of loops."""
 
-    def __init__(self, found: Trained, task: Task) -> None:
+    def __init__(self, found: Trained, task: Material) -> None:
         self.found, self.plain = found, found.cell.model.is_plain
         self.once_ms, self.loop_ms = latency(found.model, task)
 

@@ -8,12 +8,13 @@ c counts occurrences, N(h) is the number of different symbols seen after h, h' i
 the model below the empty history is uniform over all symbols. A history never seen passes P(w | h') on unchanged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ritornello.config import require_int
+from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.shards import Dataset, Split
 from ritornello.train.tokenizer import ByteTokenizer, Tokenizer
 
@@ -135,3 +136,14 @@ def token_bits(dataset: Dataset, *, order: int = 3) -> np.ndarray:
     by_token = np.add.reduceat(bits, np.cumsum(n_symbols) - n_symbols)
     by_token[np.asarray(split.offsets[:-1])] = 0  # its later bytes too: a model of tokens does not predict them
     return by_token
+
+
+def window_bits(dataset: Dataset, batches: Sequence[Batch]) -> np.ndarray:
+    """(W,) what `baseline` pays for the targets of each validation window; `batches` as `Rows` reads them, packed."""
+    bits = token_bits(dataset)
+    found = []
+    for batch in batches:
+        length = batch.labels.shape[1]
+        at = batch.indices[:, None] * length + 1 + np.arange(length)
+        found.append(np.where(batch.labels == NO_LABEL, 0, bits[np.minimum(at, len(bits) - 1)]).sum(1))
+    return np.concatenate(found)

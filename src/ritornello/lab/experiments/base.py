@@ -9,7 +9,7 @@ from ritornello.lab import judging
 from ritornello.lab.cell import Cell, Trained, trained
 from ritornello.lab.measure import Row, pick_rows
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
-from ritornello.lab.tasks import TASKS
+from ritornello.lab.tasks import MATERIALS
 
 Scale = Literal["quick", "full"]
 
@@ -49,7 +49,7 @@ class Experiment(ABC):
         """By the rule called `rule`, of an arm that has some of `rows`, all of one task."""
         found = pick_rows(rows, model=model)
         seeds = judging.seeds(len({row["seed"] for row in found}))
-        task = TASKS[found[0]["task"]]
+        task = MATERIALS[found[0]["task"]]
         scale = f"at {found[0]['total']:,} parameters, on {task.title}, {seeds}"
         scale += ", looped models trained with the depth mask" if self.masked and not task.loops_say_hops else ""
         return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])

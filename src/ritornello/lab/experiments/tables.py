@@ -1,25 +1,27 @@
 """Tables that every experiment shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ritornello.lab.arms import ARMS
+from ritornello.lab.arms import ARMS, Arm
 from ritornello.lab.measure import Row, pick_rows
 from ritornello.lab.report import Table
 
 
-def costs_table(rows: Sequence[Row], models: Sequence[str]) -> Table:
+def costs_table(
+    rows: Sequence[Row], models: Sequence[str], *, arms: Mapping[str, Arm] = ARMS, metric: str = "accuracy"
+) -> Table:
     """What each arm is and takes: parameters, training FLOPs, time and cache at the deepest forced depth shown."""
     lines = []
     for model in models:
-        found = pick_rows(rows, model=model, metric="accuracy", rule=None)
+        found = pick_rows(rows, model=model, metric=metric, rule=None)
         deepest = max(row["loops"] for row in found)
         there = [row for row in found if row["loops"] == deepest]
         mean = lambda name, there=there: float(np.mean([row[name] for row in there]))  # noqa: E731
         lines.append(
             (
-                ARMS[model].title,
+                arms[model].title,
                 *(f"{there[0][name]:,}" for name in ("total", "active", "non_embedding")),
                 f"{mean('training_flops') / 1e12:.1f}",
                 f"{mean('training_seconds') / 60:.1f}",

@@ -5,7 +5,7 @@ from typing import Any
 
 from ritornello.config import pick
 from ritornello.lab.tasks.addition import Addition
-from ritornello.lab.tasks.base import Problems, Split, Task
+from ritornello.lab.tasks.base import Material, Problems, Split, Task
 from ritornello.lab.tasks.chains import Chains
 from ritornello.lab.tasks.cyclic import Cyclic
 from ritornello.lab.tasks.facts import Facts
@@ -14,11 +14,12 @@ from ritornello.lab.tasks.induction import Induction
 from ritornello.lab.tasks.parity import Parity
 from ritornello.lab.tasks.reachability import Reachability
 from ritornello.lab.tasks.s5 import S5WordProblem
+from ritornello.lab.tasks.text import Text
 from ritornello.lab.tasks.trees import Trees
 from ritornello.lab.tasks.walks import Walks
 from ritornello.lab.tasks.written import WrittenChains
 
-__all__ = ["TASKS", "Problems", "Split", "Task", "build_task"]
+__all__ = ["MATERIALS", "TASKS", "Material", "Problems", "Split", "Task", "build_task"]
 
 TASKS: dict[str, Task] = {
     "cyclic": Cyclic(),
@@ -34,9 +35,11 @@ TASKS: dict[str, Task] = {
     "reachability": Reachability(),
     "formulas": Formulas(),
 }
+# Text has no oracle and is divided by package, so it stands outside the contracts that every task keeps.
+MATERIALS: dict[str, Material] = {**TASKS, "text": Text()}
 
 
-def build_task(name: str, sizes: Mapping[str, int]) -> Task:
-    """The task called `name` in other sizes than its usual ones."""
-    kind: Any = type(pick(TASKS, name, "task"))
+def build_task(name: str, sizes: Mapping[str, int]) -> Material:
+    """The material called `name` in other sizes than its usual ones."""
+    kind: Any = type(pick(MATERIALS, name, "task"))
     return kind(**sizes)

@@ -1,4 +1,6 @@
-"""What every task gives: problems of a wanted difficulty, an oracle, and a training split apart from the test split."""
+"""What a model is trained on. What every task gives beside: problems of a wanted difficulty, an oracle, and a training
+split apart from the test split.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -27,8 +29,8 @@ class Problems:
     hops: Ids  # (n, T): difficulty of each question; 0 where nothing is asked
 
 
-class Task(ABC):
-    """A family of problems. Instances hold sizes and tables, nothing that sampling changes."""
+class Material(ABC):
+    """What a model can be trained on. Instances hold sizes and tables, nothing that sampling changes."""
 
     name: str
     title: str  # for figures and tables
@@ -37,11 +39,23 @@ class Task(ABC):
     max_hops: int
     vocab_size: int  # of every token table
     n_token_tables: int = 1
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, hops: Ids, *, split: Split) -> Problems:
+        """One problem for each entry of `hops` (n,): the hops of its hardest question."""
+
+    def tell(self, problems: Problems) -> Ids:
+        """The tokens with the number of hops written in, for models without loops."""
+        return problems.tokens
+
+
+class Task(Material):
+    """A family of problems with an oracle, divided by what a problem is."""
+
     chance: float  # the share of right answers that guessing among the possible ones gets
     shared_hops: int = 0  # problems of so few hops are too few to divide: both splits draw from all of them
 
     def sample(self, rng: np.random.Generator, hops: Ids, *, split: Split) -> Problems:
-        """One problem for each entry of `hops` (n,): the hops of its hardest question."""
         self.check(hops, split)
         drawn = draw_split(self.draw, rng, hops, split, shared_hops=self.shared_hops)
         return self.present(rng, drawn, hops)
@@ -61,10 +75,6 @@ class Task(ABC):
     @abstractmethod
     def solve(self, tokens: Ids, hops: Ids) -> Ids:
         """The answers (n, T), another way than the generator's. `hops` (n,) matters only where loops say it."""
-
-    def tell(self, problems: Problems) -> Ids:
-        """The tokens with the number of hops written in, for models without loops."""
-        return problems.tokens
 
     def guessing(self, hops: int) -> float:
         """The share of questions of `hops` hops that guessing among the answers left open by the problem gets right."""
