@@ -17,7 +17,7 @@ from torch import Tensor
 from ritornello import recipes
 from ritornello.accounting import at_mean_loops, count_parameters, flops_per_token
 from ritornello.config import ModelConfig, TrainConfig, require
-from ritornello.lab.tasks import Material, Problems, build_task
+from ritornello.lab.tasks import Material, Problems, Task, build_task
 from ritornello.model.carry import SingleStream
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import depth, files, tensors
@@ -61,8 +61,14 @@ class Cell:
         what = json.dumps(_chosen(self))
         return f"{self.task}-{self.arm}-s{self.seed}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
-    def build_task(self) -> Material:
+    def build_material(self) -> Material:
         return build_task(self.task, dict(self.task_sizes))
+
+    def build_task(self) -> Task:
+        """Of a cell whose material has an oracle: any but text."""
+        task = self.build_material()
+        assert isinstance(task, Task)
+        return task
 
 
 def _chosen(config: "Cell | ModelConfig | TrainConfig") -> dict[str, Any]:
@@ -157,7 +163,7 @@ def to_batch(task: Material, problems: Problems, *, loops: Any = None, told: boo
 def train(cell: Cell, *, watch: Watch | None = None, losses: list[float] | None = None) -> Trained:
     """Train from scratch. `watch` sees every batch after its step, `losses` gets each loss in nats; divergence is a
     result."""
-    task, model, settings, start = cell.build_task(), build(cell), cell.train, time.perf_counter()
+    task, model, settings, start = cell.build_material(), build(cell), cell.train, time.perf_counter()
     optimizers = build_optimizers(model, settings)
     step, tokens, seq_len, loops, loss, diverged = 0, 0, 1, 0.0, None, None
     while step < settings.steps:

@@ -180,12 +180,12 @@ def accuracy_rows(
     hops: Sequence[int],
     loops: Sequence[int],
     n: int = 0,
-    task: Task | None = None,
+    task: Material | None = None,
     **more: Any,
 ) -> list[Row]:
     """The map of accuracies. A plain model has one column, loops = 0. task: another test than that of training, which
     `more` names."""
-    task = task or found.cell.build_task()
+    task = task or found.cell.build_material()
     costs, questions = Costs(found, task), Questions.of(found.model, task, hops, n)
     rows = []
     for at, by_hops in accuracy(found.model, questions, (1,) if costs.plain else loops).items():

@@ -19,7 +19,7 @@ def reading_rows(experiment: str, found: Trained, *, loops: Sequence[int], n: in
 
     data: fingerprint of text and tokenizer.
     """
-    task = found.cell.build_task()
+    task = found.cell.build_material()
     assert isinstance(task, Text)
     costs, windows = Costs(found, task), task.windows(n)
     n_tokens = sum(int((window.labels != NO_LABEL).sum()) for window in windows)
@@ -40,7 +40,7 @@ def standard_error(read: Evaluation, nats: np.ndarray) -> float:
 
 def trigram_row(experiment: str, found: Trained, *, n: int = N_WINDOWS) -> Row:
     """`trigram`: bits per byte that a byte trigram model of all the training text takes for the same windows."""
-    task = found.cell.build_task()
+    task = found.cell.build_material()
     assert isinstance(task, Text)
     windows = task.windows(n)
     n_bytes = sum(int(window.n_bytes.sum()) for window in windows)

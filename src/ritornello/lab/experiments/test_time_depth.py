@@ -114,7 +114,7 @@ class DepthAtTest(TrainedExperiment):
         return [*self._losses(found), *(row | {"metric": "untrained loss"} for row in rows)]
 
     def _losses(self, found: Trained) -> list[Row]:
-        task, loops = found.cell.build_task(), LOOPS[found.cell.task]
+        task, loops = found.cell.build_material(), LOOPS[found.cell.task]
         if task.name == "text":
             rows = reading_rows(self.name, found, loops=loops)
             return [row | {"metric": "loss"} for row in pick_rows(rows, metric="bpb")]
