@@ -15,6 +15,8 @@ from ritornello.recipes import find_model
 
 TASK = TASKS["chains"]
 YES = "holds"
+ON = ("training hops", "hops beyond")
+CARRIES = "article model: the {} carries the walk on, as a linear map reads it"
 
 
 def as_if_trained(each: cell.Cell) -> cell.Trained:
@@ -81,7 +83,7 @@ def test_rows_are_measured_judged_and_shown(monkeypatch: pytest.MonkeyPatch) -> 
     rows = [row for arm in (MODEL, BARE) for row in experiment.measure(as_if_trained(tiny(arm)))]
     assert [len(found) for found in experiment.show(rows)] == [4, 1]
     verdicts = experiment.judge(rows)
-    assert len(verdicts) == 5 and {verdict.outcome for verdict in verdicts} == {"inconclusive"}
+    assert len(verdicts) == 7 and {verdict.outcome for verdict in verdicts} == {"inconclusive"}
     assert len(experiment.judge([row for row in rows if row["model"] == BARE])) == 1
 
 
@@ -114,21 +116,25 @@ def test_parts_are_judged_by_their_rule() -> None:
             reached={},
         )
     )
-    earns = {part: found[f"{part}: earns its place"] for part in PARTS.values()}
-    assert {part for part, outcome in earns.items() if outcome == "holds"} == {"injection", "prelude", "coda"}
-    assert set(earns.values()) == {"holds", "does not hold"}
-    burdens = {part for part in PARTS.values() if found[f"{part}: is a burden: without it the model is better"] == YES}
-    assert burdens == {"LoRA", "coda"}  # the coda helps here and harms there
+    earns, burdens = (
+        {(part, on): found[f"{part}: {claim} on the {on}"] for part in PARTS.values() for on in ON}
+        for claim in ("earns its place", "is a burden")
+    )
+    won = {("injection", ON[0]), ("coda", ON[0]), ("prelude", ON[1])}
+    assert {what for what, outcome in earns.items() if outcome == YES} == won
+    unknown = {("injection", ON[1]), ("coda", ON[1])}  # who does not know the training hops
+    assert {what for what, outcome in earns.items() if outcome == "inconclusive"} == unknown
+    assert {what for what, outcome in burdens.items() if outcome == YES} == {("LoRA", ON[1])}
     assert found["the article model works with neither prelude nor coda"] == "holds"
-    assert found["article model: the prelude computes hops"] == "holds"
-    assert found["article model: the coda computes hops"] == "does not hold"
+    assert found[CARRIES.format("prelude")] == "holds"
+    assert found[CARRIES.format("coda")] == "does not hold"
 
 
 def test_prelude_and_coda_can_be_judged_the_other_way() -> None:
     found = outcomes(made_up({BARE: 0.4}, {}, {"prelude": 0, "coda": 5}))
     assert found["the article model works with neither prelude nor coda"] == "does not hold"
-    assert found["article model: the prelude computes hops"] == "does not hold"
-    assert found["article model: the coda computes hops"] == "holds"
+    assert found[CARRIES.format("prelude")] == "does not hold"
+    assert found[CARRIES.format("coda")] == "holds"
     assert farthest(made_up({}, {}, {"loop 3": 6}), MODEL, "loop 3") == [6, 6, 6]
 
 
@@ -140,13 +146,12 @@ def test_seeds_that_disagree_decide_nothing() -> None:
         if row["model"] == BARE and row["metric"] == "accuracy":
             row["value"] = np.clip(row["value"] - 0.4 * (row["seed"] == 1), 0, 1)
     found = outcomes(rows)
-    assert found["article model: the prelude computes hops"] == "inconclusive"
+    assert found[CARRIES.format("prelude")] == "inconclusive"
     assert found["the article model works with neither prelude nor coda"] == "inconclusive"
-    assert found["prelude with coda: earns its place"] == "inconclusive"
+    assert found["prelude with coda: earns its place on the training hops"] == "inconclusive"
 
 
 def test_another_task_brings_its_own_margin() -> None:
     lower, higher = [0.50, 0.51, 0.52], [0.55, 0.56, 0.57]
     assert judging.is_better(higher, lower)[0] == "does not hold"
     assert judging.is_better(higher, lower, margin=0.02)[0] == "holds"
-    assert judging.any_of(["does not hold", "inconclusive"]) == "inconclusive"

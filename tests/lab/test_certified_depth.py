@@ -152,7 +152,12 @@ def test_rows_and_pages_of_a_tiny_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made_up(
-    share: dict[str, float], *, cycle: float | None = None, broken: float = 0.0, kept: float = 1.0
+    share: dict[str, float],
+    *,
+    cycle: float | None = None,
+    broken: float = 0.0,
+    kept: float = 1.0,
+    untrained: float = 0.3,
 ) -> list[Row]:
     """Rows of three seeds, `share` of each arm certified to be right."""
     rows: list[Row] = []
@@ -169,7 +174,7 @@ def made_up(
                     "n": 10,
                 }
                 now = {"certified": value - 0.001 * seed, "certified_wrong": 0.01, "broken": broken, "kept": kept}
-                now |= {"untrained_certified": 0.1, "untrained_certified_wrong": 0.9}
+                now |= {"untrained_certified": 0.1, "untrained_certified_wrong": untrained}
                 rows += [base | {"metric": name, "value": x} for name, x in now.items()]
                 rows += [
                     base | {"metric": "accuracy", "value": 1.0, "loops": n}
@@ -201,7 +206,8 @@ def test_judges_by_its_rules() -> None:
     assert good == dict.fromkeys(("certified", "lasting", "trained", "matters", "round", "kept"), "holds")
     assert outcomes(made_up({"dense": 0.3}))["certified"] == "does not hold"
     assert outcomes(made_up(arms_share, kept=0.9))["lasting"] == "does not hold"
-    assert outcomes(made_up({"dense": 0.12}))["trained"] == "does not hold"
+    assert outcomes(made_up({"dense": 0.4}))["trained"] == "does not hold"
+    assert outcomes(made_up({"dense": 0.9}, untrained=0.8))["trained"] == "does not hold"  # as certain, but wrong
     assert outcomes(made_up({"dense": 0.99, "short-training": 0.98}))["matters"] == "does not hold"
     assert outcomes(made_up(arms_share, cycle=0.2))["round"] == "does not hold"
     assert outcomes(made_up(arms_share, broken=0.1))["kept"] == "does not hold"

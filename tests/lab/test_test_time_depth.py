@@ -52,6 +52,14 @@ def late(at: int) -> float:
     return 3 - 0.02 * at
 
 
+def by_power(at: int) -> float:
+    return 2 + 0.5 / at
+
+
+def flat(at: int) -> float:
+    return 2 + 1e-4 * (at % 2)
+
+
 def step(at: int) -> float:
     return float(at < 6)
 
@@ -75,7 +83,9 @@ def outcomes(curves: Mapping[str, Curve], claim: str, seeds: int = 3) -> list[st
     [
         (settles, "holds", "holds", "holds"),
         (turns, "holds", "holds", "does not hold"),
-        (late, "holds", "does not hold", "holds"),
+        (late, "does not hold", "does not hold", "holds"),
+        (by_power, "does not hold", "does not hold", "holds"),
+        (flat, "does not hold", "inconclusive", "holds"),
     ],
 )
 def test_judges_one_model_by_its_rules(curve: Curve, exponential: str, settled: str, stays: str) -> None:

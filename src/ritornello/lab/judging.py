@@ -77,14 +77,6 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     return "holds"
 
 
-def any_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """One success decides; a doubt leaves it open."""
-    for outcome in ("holds", "inconclusive", "not tested at this scale"):
-        if outcome in outcomes:
-            return outcome
-    return "does not hold"
-
-
 def listed(values: Sequence[float]) -> str:
     """Each seed's"""
     return " ".join(f"{value:.2f}" for value in values)

@@ -160,7 +160,8 @@ def row(experiment: str, found: Trained, *, metric: str, value: float | None, n:
     names = {"experiment": experiment, "task": cell.task, "role": cell.role, "model": cell.arm, "seed": cell.seed}
     value = None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
     place = {"hops": None, "loops": None, "metric": metric, "value": value, "n": n}
-    return names | place | {"steps": found.steps, "diverged": found.diverged} | where
+    more = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in where.items()}
+    return names | place | {"steps": found.steps, "diverged": found.diverged} | more
 
 
 def pick_rows(rows: Sequence[Row], **wanted: Any) -> list[Row]:

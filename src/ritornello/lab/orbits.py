@@ -10,10 +10,10 @@ own. Distances are Euclidean, over these tokens.
 
 What is a bound here and what an estimate: d, the read-out's bound and the sums are computed as they stand, in float64.
 L is estimated, at sampled points of B: the largest ‖DF^j·v‖ over PROBES Gaussian v, whose mean square is the Frobenius
-norm's, times SAFETY. A Frobenius norm below that of any one probe is no surprise, one above SAFETY times the largest of
-8 has at most 1 chance in 2,000 at each point (rank one, the worst case). Rounding: twice the largest difference of a
-loop in float32 and in float64 that was met on the orbit, carried on by the same factors. So a certificate is a
-numerical one, no proof.
+norm's, times SAFETY. Were the norm the same all over B, one above SAFETY times the largest of 8 would have at most 1
+chance in 2,000 (rank one, the worst case); but each probe is taken at another point, and there are many tokens and
+phases. Rounding: twice the largest difference of a loop in float32 and in float64 that was met on the orbit, carried on
+by the factors from the first phase, which on a cycle is approximate. So a certificate is a numerical one, no proof.
 """
 
 import warnings

@@ -24,7 +24,7 @@ from ritornello.train import depth
 from ritornello.train.data import NO_LABEL
 from ritornello.train.evaluate import evaluating
 
-N_AHEAD = 4  # so many hops may a walk be ahead of its loops: prelude and first loop may take one each
+N_AHEAD = 5  # so many hops may a walk be ahead of its loops: prelude and first loop may take one each
 N_SHUFFLES = 8  # over which a control by shuffled labels is averaged
 Sets = NDArray[np.bool_]
 Forced = Literal["held", "swapped"]

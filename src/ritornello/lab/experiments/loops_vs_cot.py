@@ -59,7 +59,8 @@ class LoopsVsCot(TrainedExperiment):
     )
     rules: ClassVar = {
         "as accurate": (
-            f"Inconclusive unless both have a mean of at least {LEARNT} on each training hop. Each stops by itself: "
+            f"Inconclusive unless both have a mean of at least {LEARNT} on each training hop, the looped model at "
+            f"{arms.MAX_LOOPS} loops. Each stops by itself: "
             "the looped model's tokens by its gate, the writer when it has written a node twice. Accuracy lost by the "
             f"looped model against the writer of its seed, over these hops. Holds: the 95% t interval lies at or below "
             f"{CHEAP}. Does not hold: it lies above. Else, or under 3 seeds, inconclusive."
@@ -97,7 +98,8 @@ class LoopsVsCot(TrainedExperiment):
         "Neither is told the number of hops. Both need one more turn than hops to notice that they have arrived.",
         "FLOPs of silence: each token its own loops, as `compact` computes them, and in brackets all tokens looping as "
         "long as the question; those of probe and gate are counted. FLOPs of writing: the prompt once, then a token at "
-        "a time with a cache. The head reads the last token of a prompt only. Latency: one prompt, eager, one thread; "
+        "a time with a cache. The head reads the last token of a prompt only. Latency: one prompt, eager, one thread, "
+        "beside other cells; "
         "all tokens of the prompt loop, and the gate is read; medians, both models by turns in one process, and a "
         "straight line through them over loops or tokens.",
         "The plain model of 8 layers is that of depth extrapolation, with four times the article model's training "

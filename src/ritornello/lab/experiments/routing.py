@@ -36,7 +36,7 @@ from ritornello.lab.experiments.routing_shown import (
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import N_QUESTIONS, Questions, Row, accuracy, accuracy_rows, row, values
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
-from ritornello.lab.routes import FORCED, N_SHUFFLES, Routes, forced, observe
+from ritornello.lab.routes import FORCED, N_AHEAD, N_SHUFFLES, Routes, forced, observe
 from ritornello.lab.statistics import MIN_SEEDS, summarise
 from ritornello.lab.tasks import TASKS
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -162,6 +162,7 @@ class Routing(TrainedExperiment):
         "depths": (SHALLOW, DEEP),
         "shuffles": N_SHUFFLES,
         "forced": FORCED,
+        "ahead": N_AHEAD,
         "test_seed": TEST_SEED,
     }
 

@@ -37,7 +37,7 @@ def follows(bits: np.ndarray, ahead: int | None = None) -> tuple[int, list[float
     loops = np.arange(bits.shape[1])
     at = lambda a: bits[:, loops, loops + 1 + a]  # noqa: E731
     best = max(range(N_OFFSETS), key=lambda a: at(a).mean()) if ahead is None else ahead
-    near = [at(a) for a in (best - 1, best + 1) if loops[-1] + 1 + a < bits.shape[2]]
+    near = [at(a) for a in (best - 1, best + 1)]
     return best, (at(best) - np.max(near, axis=0)).mean(-1).tolist()
 
 

@@ -63,10 +63,10 @@ class SystematicGeneralisation(TrainedExperiment):
             f"{AIM}. Does not hold: the 95% t interval lies below. Else, or under 3 seeds, inconclusive."
         ),
         "harmless": (
-            f"Inconclusive unless the mean on each of 2 to 5 hops of known facts, at {TEST_LOOPS} loops, is at least "
-            f"{LEARNT}, and on {PAIR} hops of new ones at least {LEARNT / 2}: where little is known, little can be "
-            f"lost. Accuracy lost from as many loops as hops to {LOOPS[-1]} loops by the same models: over 2 to 5 hops "
-            f"of known facts, and at {PAIR} hops of new ones. Holds: the 95% t intervals of both lie at or below "
+            "Inconclusive unless the mean on each of 2 to 5 hops of known facts, at as many loops as hops, is at "
+            f"least {LEARNT}, and on {PAIR} hops of new ones at least {LEARNT / 2}: where little is known, little can "
+            f"be lost. Accuracy lost from as many loops as hops to {LOOPS[-1]} loops by the same models: over 2 to 5 "
+            f"hops of known facts, and at {PAIR} hops of new ones. Holds: the 95% t intervals of both lie at or below "
             f"{CHEAP}. Does not hold: one lies above it. Else, or under 3 seeds, inconclusive."
         ),
     }
@@ -89,7 +89,10 @@ class SystematicGeneralisation(TrainedExperiment):
         "Anchored: after each loop the state becomes the mean of the token embeddings, weighed by its prediction.",
         "Settings were chosen on another seed and another table of facts, while looking at accuracy on new facts "
         "(experiments/LOG.md, entry 22).",
-        f"Guessing gets 1/32; the control scores each answer against that of another question of the same {PAIR} hops.",
+        "Guessing gets 1/32; as a check of the measure, answers are scored against those of other questions of "
+        f"{PAIR} hops.",
+        f"There are 64 single new facts and 128 walks of {PAIR} of them: the {N_QUESTIONS} questions drawn repeat "
+        "some. Intervals say nothing of other tables of facts.",
         "Each verdict is at its own 5% level; nothing is corrected for their number. Intervals are over seeds: all "
         "answer the same questions.",
     )
@@ -99,6 +102,7 @@ class SystematicGeneralisation(TrainedExperiment):
         "questions": N_QUESTIONS,
         "test_seed": TEST_SEED,
         "kinds": tuple(KINDS),
+        "another_answer": (PAIR, TEST_LOOPS),
     }
 
     def cells(self, scale: Scale) -> list[Cell]:
@@ -179,8 +183,8 @@ class SystematicGeneralisation(TrainedExperiment):
             f"{name} {judging.shown(before)} at as many loops as hops, {judging.shown(after)} at {LOOPS[-1]}"
             for name, (before, after) in pairs.items()
         ]
-        lowest = min(float(np.mean(found["in"].values(arm, k))) for k in training)
-        known = lowest >= LEARNT and float(np.mean(found["out"].values(arm, PAIR))) >= LEARNT / 2
+        lowest = min(float(np.mean(found["in"].values(arm, k, k))) for k in training)
+        known = lowest >= LEARNT and float(np.mean(found["out"].values(arm, PAIR, PAIR))) >= LEARNT / 2
         return self.verdict(
             "harmless",
             found["in"].rows,

@@ -4,19 +4,25 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ritornello.lab.arms import ARMS, Arm
+from ritornello.lab.arms import ARMS, NONE, Arm
 from ritornello.lab.measure import Row, pick_rows
 from ritornello.lab.report import Table
 
 
 def costs_table(
-    rows: Sequence[Row], models: Sequence[str], *, arms: Mapping[str, Arm] = ARMS, metric: str = "accuracy"
+    rows: Sequence[Row],
+    models: Sequence[str],
+    *,
+    arms: Mapping[str, Arm] = ARMS,
+    metric: str = "accuracy",
+    loops: Mapping[str, int] = NONE,
 ) -> Table:
-    """What each arm is and takes: parameters, training FLOPs, time and cache at the deepest forced depth shown."""
+    """What each arm is and takes: parameters, training FLOPs, time and cache after so many `loops`, by arm; else at the
+    deepest forced depth shown."""
     lines = []
     for model in models:
         found = pick_rows(rows, model=model, metric=metric, rule=None)
-        deepest = max(row["loops"] for row in found)
+        deepest = loops.get(model, max(row["loops"] for row in found))
         there = [row for row in found if row["loops"] == deepest]
         mean = lambda name, there=there: float(np.mean([row[name] for row in there]))  # noqa: E731
         lines.append(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ritornello.config import ExitRule, ModelConfig
+from ritornello.lab import arms
 from ritornello.lab.cell import Trained, sizes
 from ritornello.lab.experiments.accuracies import HOPS, LEARNT
 from ritornello.lab.measure import Row, pick_rows, row, values
@@ -107,6 +108,8 @@ def time_rows(experiment: str, found: Trained, looped: ModelConfig) -> list[Row]
     def silent(turns: int, exit: ExitRule | None) -> torch.Tensor:
         return model.logits(model(prompt, n_loops=turns, exit=exit, return_logits=False).hidden[:, -1])
 
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         for turns in TIMED:
             ways = {
@@ -117,6 +120,7 @@ def time_rows(experiment: str, found: Trained, looped: ModelConfig) -> list[Row]
             for name, ms in by_turns(ways, REPEATS).items():
                 where = {"n": REPEATS, "turns": turns, "way": name}
                 rows.append(row(experiment, found, metric="milliseconds", value=ms, **where))
+    torch.set_num_threads(n_threads)
     return rows
 
 
@@ -127,7 +131,9 @@ def own(rows: Sequence[Row], arm: str, metric: str, hops: Sequence[int]) -> list
 
 
 def learnt(rows: Sequence[Row], arm: str) -> bool:
-    return all(np.mean(own(rows, arm, "accuracy", (hops,))) >= LEARNT for hops in TRAINING)
+    """Whether it knows the training hops: a looped model at the most loops of training, not by its gate."""
+    how: dict[str, Any] = {"turns": arms.MAX_LOOPS, "rule": None} if arm == LOOPED else {"rule": "own"}
+    return all(np.mean(values(rows, model=arm, metric="accuracy", hops=k, **how)) >= LEARNT for k in TRAINING)
 
 
 def flops(rows: Sequence[Row], arm: str, hops: Sequence[int]) -> list[float]:
@@ -164,6 +170,8 @@ def turns_needed(rows: Sequence[Row], arm: str, seed: int) -> dict[int, int]:
 
 
 def hops_a_turn(rows: Sequence[Row], arm: str) -> list[float]:
-    """By seed: how many more hops one more loop or token answers, by the least-squares line; nan below two hops."""
+    """By seed: how many more hops one more loop or token answers, by the least-squares line; nan below three hops, or
+    where more hops take no more turns."""
     found = [turns_needed(rows, arm, seed) for seed in dict.fromkeys(r["seed"] for r in pick_rows(rows, model=arm))]
-    return [1 / float(np.polyfit(list(x), list(x.values()), 1)[0]) if len(x) > 1 else float("nan") for x in found]
+    slopes = [float(np.polyfit(list(x), list(x.values()), 1)[0]) if len(x) > 2 else 0.0 for x in found]
+    return [1 / slope if slope > 1e-6 else float("nan") for slope in slopes]
