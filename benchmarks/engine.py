@@ -42,7 +42,7 @@ WIDE: dict[str, Any] = {"dim": 512, "head_dim": 128, "ffn_dim": 1408}  # of the 
 WIDE_TRAINING: dict[str, Any] = {"lr": 5e-4, "steps": 1600}
 DRAFTS = Draft(n_loops=1, n_tokens=2), Draft(n_loops=2, n_tokens=3), Draft(n_loops=4, n_tokens=4)
 SEED = 0
-TICK = 4096  # tokens
+TICK = 2048  # tokens, as in lockstep of 64
 GREEDY = Sampling(temperature=0)
 Serve = Callable[[RecurrentDepthTransformer, Sequence[Request], Sequence[float]], "Served"]
 

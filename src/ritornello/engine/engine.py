@@ -127,21 +127,25 @@ class Engine:
         n_rows = self.layout.most_rows(4 * model.config.max_seq_len) if n_rows is None else n_rows
         require_int("n_rows", n_rows, 1)
         self.pages = Pages(n_rows + exact, model.config.kv_width, dtype=weight.dtype, device=self.device)
-        self.tables = Tables(self.layout, self.pages)
-        self.prefixes = Prefixes(self.pages)
-        self.lanes = Lanes(4 * tick_tokens + exact)
         one = model.config.carry_streams == 1 and model.config.read_out == "last"
         self.read = "h" if one else "out"  # what the coda reads of a lane
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.active = NOBODY  # tokens in the loop
-        self._arrivals: set[int] = set()  # slots where some may have left it
-        self._before: _Together | None = None  # of the tick before this one
         self._events: list[Event] = []  # not told yet
         self.n_ticks = self.n_token_loops = self.n_preempted = self.n_drafted = self.n_agreed = 0
         self._numbers = iter(range(1 << 62))
+        self._clear()
+
+    def _clear(self) -> None:
+        """Nothing is held by anyone, but one row and one lane by the token that stands idle in an exact pass."""
+        self.pages.free_all()
+        self.tables, self.prefixes = Tables(self.layout, self.pages), Prefixes(self.pages)
+        self.lanes = Lanes(4 * self.tick_tokens + self.exact)
+        self.active = NOBODY  # tokens in the loop
+        self._arrivals: set[int] = set()  # slots where some may have left it
+        self._before: _Together | None = None  # of the tick before this one
         self._idle: Tokens | None = None
-        if exact:
+        if self.exact:
             slot = self.tables.open(1)
             self.tables.rows[slot, :, 0] = self.pages.take(1)
             self._idle = Tokens.made([Part(slot, np.zeros(1, np.int64), 1)], self.lanes.take(1))
@@ -224,9 +228,12 @@ class Engine:
             events, self._events = self._events, []
             return events
         except BaseException:  # in the middle of something: all start over, should this be called again
-            self._before = None
-            for sequence in list(self.running):
-                self._preempt(sequence)
+            self.n_preempted += len(self.running)
+            self.waiting = sorted({*self.waiting, *self.running}, key=lambda s: s.number)
+            self.running = []
+            for sequence in self.waiting:
+                sequence.start_over()
+            self._clear()
             raise
 
     def _enter(self) -> None:
@@ -276,9 +283,9 @@ class Engine:
             if known < len(keys) and keys[known] in computing:  # another computes more of its prompt now
                 continue
             sequence.slot = slot = self.tables.open(sequence.room)
-            sequence.entered = sequence.left = self.prefixes.give(keys, self.tables.rows[slot])
-            self.waiting.remove(sequence)
             self.running.append(sequence)
+            self.waiting.remove(sequence)
+            sequence.entered = sequence.left = self.prefixes.give(keys, self.tables.rows[slot])
             coming += len(sequence.tokens) + 1 - sequence.left
             computing.update(sequence.keys[known:])
             yield sequence
@@ -535,7 +542,7 @@ class Engine:
             if each.guess:
                 each.sequence.tokens.append(max(token, 0))  # NO_TOKEN comes back at full depth
             elif each.place < each.sequence.left and each.sequence in self.running:  # else a guess before it was wrong
-                self._events.append(self._push(each.sequence, token, row))
+                self._push(each.sequence, token, row)
 
     def _allowed(self, sequence: Sequence, place: int) -> Tensor | None:
         """(V,) bool: which ids may follow the token at this place; none, where its constraint can't be followed."""
@@ -545,35 +552,36 @@ class Engine:
             allowed = torch.zeros(self.vocab_size, dtype=torch.bool)
         return None if allowed is None else allowed.to(self.device)
 
-    def _push(self, sequence: Sequence, token: int, logits: Tensor) -> Event:
-        """The sequence's next token, which these logits gave."""
+    def _push(self, sequence: Sequence, token: int, logits: Tensor) -> None:
+        """The sequence's next token, which these logits gave. It is told before anything that it held is given up."""
         place, request = sequence.n_sure - 1, sequence.request
         loops = int(sequence.loops[place])
         logprob, likely = likeliest(logits, token, request.n_logprobs)
         reason = "failed" if token == NO_TOKEN else "stop" if token in request.stop else ""
+        wrong = False
         if not reason:
-            reason = self._learn(sequence, token)
-        if reason:
-            self._release(sequence)
-            self.running.remove(sequence)
+            reason, wrong = self._learn(sequence, token)
         kept = None if reason in ("failed", "stop") else token
-        return Event(sequence.number, kept, loops, reason, logprob, likely)
+        self._events.append(Event(sequence.number, kept, loops, reason, logprob, likely))
+        if reason:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif wrong:
+            assert sequence.slot is not None
+            self.tables.forget(sequence.slot, sequence.left)
 
-    def _learn(self, sequence: Sequence, token: int) -> str:
-        """Go on with this token; the reason why the text ends with it, if it does."""
+    def _learn(self, sequence: Sequence, token: int) -> tuple[str, bool]:
+        """Go on with this token: the reason why the text ends with it, if it does; whether a draft guessed another."""
         guessed = sequence.tokens[sequence.n_sure : sequence.n_sure + 1]
         try:
             wrong = sequence.learn(token)
         except ValueError:  # its constraint can't be followed any more
-            return "failed"
+            return "failed", False
         self.n_drafted += len(guessed)
         self.n_agreed += guessed == [token]
-        if wrong:
-            assert sequence.slot is not None
-            self.tables.forget(sequence.slot, sequence.left)
         written = sequence.n_sure - sequence.n_prompt
         full = written >= sequence.request.max_tokens or sequence.n_sure >= self.model.config.max_seq_len
-        return "length" if full else ""
+        return "length" if full else "", wrong
 
     def _take(self, layers: list[int], tokens: Tokens) -> Tokens:
         """Rows for these tokens. Where too few are free, the youngest sequence gives up what it has and starts over

@@ -25,7 +25,8 @@ class Lanes:
     def take(self, n: int) -> Rows:
         assert n <= self.n_free
         kept = len(self._free) - n
-        taken, self._free = self._free[kept:], self._free[:kept]
+        taken = self._free[kept:]
+        del self._free[kept:]
         return np.array(taken, np.int64)
 
     def drop(self, lanes: Rows) -> None:

@@ -23,6 +23,11 @@ class Pages:
 
     def __init__(self, n_rows: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.entries = torch.zeros(n_rows, width, dtype=dtype, device=device)
+        self.free_all()
+
+    def free_all(self) -> None:
+        """Nobody holds anything any more."""
+        n_rows = len(self.entries)
         self._holders = np.zeros(n_rows, np.int64)
         self._free = np.arange(n_rows)[::-1].copy()  # a stack, the first n_free of it
         self.n_free = n_rows

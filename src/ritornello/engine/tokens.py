@@ -63,8 +63,9 @@ class Tokens:
         return Tokens(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Tokens)))
 
     def are(self, others: "Tokens") -> bool:
-        """Whether these are the same tokens in the same order, whatever their loops."""
-        return np.array_equal(self.slot, others.slot) and np.array_equal(self.place, others.place)
+        """Whether these are the same tokens in the same order, whatever their loops: slots and places are taken again,
+        by other sequences with other lanes."""
+        return all(np.array_equal(getattr(self, name), getattr(others, name)) for name in ("lane", "slot", "place"))
 
 
 NO = np.zeros(0, np.int64)
