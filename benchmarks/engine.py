@@ -49,11 +49,12 @@ Serve = Callable[[RecurrentDepthTransformer, Sequence[Request], Sequence[float]]
 
 @dataclass(frozen=True)
 class Load:
-    """A trained model and what it is asked."""
+    """A trained model and what it is asked; the right answers, where there are any."""
 
     name: str
     model: RecurrentDepthTransformer
     requests: list[Request]
+    answers: Sequence[int] = ()
 
     @property
     def common(self) -> dict[str, Any]:
@@ -80,7 +81,8 @@ def problems(name: str) -> Load:
     rows = zip(drawn.tokens.tolist(), places.tolist(), strict=True)
     asked = [[*map(tuple, row[:n_edges]), tuple(row[place])] for row, place in rows]
     model = wide() if name == "chains-wide" else cell.load(find_model(name)).model
-    return Load(name, model, [Request(prompt=prompt, max_tokens=1, n_loops=16, sampling=GREEDY) for prompt in asked])
+    requests = [Request(prompt=prompt, max_tokens=1, n_loops=16, sampling=GREEDY) for prompt in asked]
+    return Load(name, model, requests, drawn.answers[np.arange(len(places)), places].tolist())
 
 
 def wide() -> RecurrentDepthTransformer:
@@ -92,13 +94,13 @@ def wide() -> RecurrentDepthTransformer:
 @dataclass
 class Served:
     """Of each request, seconds after it came: its first token and its last; and the tokens themselves. token_loops:
-    how often a token passed the engine's block; occupancy: of the places of its ticks."""
+    how often a token passed the engine's block; n_ticks: in so many ticks."""
 
     first: list[float]
     last: list[float]
     tokens: list[list[int]]
     token_loops: int = 0
-    occupancy: float = 0.0
+    n_ticks: int = 0
 
     @staticmethod
     def of(n: int) -> "Served":
@@ -156,7 +158,7 @@ def depthwise(model: RecurrentDepthTransformer, asked: Sequence[Request], arriva
             i = numbers[event.number]
             found.add(i, event.token, time.perf_counter() - begun - arrivals[i])
     found.token_loops = engine.n_token_loops - token_loops
-    found.occupancy = found.token_loops / (engine.n_ticks - ticks) / TICK
+    found.n_ticks = engine.n_ticks - ticks
     return found
 
 
@@ -191,9 +193,15 @@ def throughput(given: Load, *, n: int) -> Iterator[dict[str, Any]]:
     limit = cost(n_loops=n_loops) / at_mean_loops(lambda n_loops: cost(n_loops=n_loops), mean)
     shares = {"ceiling": limit, "utilisation": found.ratio / limit}
     yield given.common | _row("seconds, leaving early", asdict(found), "the engine, all loops") | shares
-    yield given.common | _row(
-        "places of ticks in use", {"ours": few.occupancy, "peer": many.occupancy, "n": 1}, "all loops"
-    )
+    sizes = {"ours": few.token_loops / few.n_ticks, "peer": many.token_loops / many.n_ticks, "n": 1}
+    yield given.common | _row("tokens a tick", sizes, "all loops")
+    if given.answers:
+        ours, all_loops = (
+            statistics.mean(found.tokens[i] == [answer] for i, answer in enumerate(given.answers))
+            for found in (few, many)
+        )
+        assert ours > all_loops - 0.02, f"leaving early answers {ours:.3f}, all loops {all_loops:.3f}"
+        yield given.common | _row("questions right", {"ours": ours, "peer": all_loops, "n": 1}, "all loops")
     yield from latencies(given, early, fastest, n=n)
 
 
