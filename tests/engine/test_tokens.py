@@ -87,6 +87,4 @@ def test_columns() -> None:
     tokens = Tokens.joined([NOBODY, of((3, [4, 5], 0)), of((1, [0], 2))])
     assert tokens.slot.tolist() == [3, 3, 1] and tokens.loop.tolist() == [0, 0, 2]
     assert tokens.where(tokens.slot == 3).are(of((3, [4, 5], 7))) and not tokens.are(of((3, [4, 5], 0)))
-    assert not tokens.are(
-        replace(tokens, lane=tokens.lane[::-1].copy())
-    )  # taken again by others
+    assert not tokens.are(replace(tokens, lane=tokens.lane[::-1].copy()))  # taken again by others

@@ -113,6 +113,9 @@ def made_up(*, n_turns: int = 0, **changes: float) -> list[Row]:
                 for rule in ("own", "all loop"):
                     value = n_turns_used * (how["flops"] + 0.01 * seed if arm == LOOPED else 1.0)
                     rows.append(here | {"metric": "flops", "rule": rule, "value": value})
+                if arm == LOOPED and not n_turns:  # whenever its gate would stop
+                    forced = here | {"metric": "accuracy", "rule": None, "turns": 8}
+                    rows.append(forced | {"value": how.get("forced", how["training"])})
                 if arm not in (LOOPED, WRITER):
                     continue
                 need = hops * how["loops"] if arm == LOOPED else hops
@@ -142,6 +145,7 @@ def test_it_judges_by_its_rules() -> None:
     assert outcomes(one=0.98) == usual | {"against one": "does not hold", "against 8": "does not hold"}
     unlearnt = dict.fromkeys(("within", "beyond", "FLOPs", "latency"), "inconclusive")
     assert outcomes(training=0.8) == usual | unlearnt
+    assert outcomes(training=0.8, forced=1.0) == usual | {"within": "does not hold"}  # it knows, and stops too early
     two_seeds = [row for row in made_up() if row["seed"] < 2]
     assert {verdict.outcome for verdict in EXPERIMENT.judge(two_seeds)} == {"inconclusive"}
 

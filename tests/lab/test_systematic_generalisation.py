@@ -20,16 +20,18 @@ EXPERIMENT = SystematicGeneralisation()
 NOTHING: dict[str, Any] = {"steps": 0, "seconds": 0.0, "flops": 0.0, "peak_bytes": 0, "loss": None}
 
 
-def made_up(known: dict[str, float], new: dict[str, float], *, harm: float = 0.0, single: float = 1.0) -> list[Row]:
+def made_up(
+    known: dict[str, float], new: dict[str, float], *, harm: float = 0.0, single: float = 1.0, first: int = LOOPS[-1]
+) -> list[Row]:
     """Rows of 3 seeds: accuracy on known facts, on walks that hold new ones, `single` on new ones alone; `harm` is
-    lost at the most loops."""
+    lost from `first` loops on."""
     rows: list[Row] = []
     for arm in known:
         for seed, kind, hops in ((s, k, h) for s in range(3) for k in KINDS for h in HOPS):
             value = known[arm] if kind == "in" else single if hops == 1 else new[arm] + 0.001 * seed
             base = {"task": "walks", "model": arm, "seed": seed, "total": 1, "kind": kind, "hops": hops}
             for loops in (0,) if arm.startswith("plain") else LOOPS:
-                lost = harm if loops == LOOPS[-1] else 0.0
+                lost = harm if loops >= first else 0.0
                 rows.append(base | {"metric": "accuracy", "loops": loops, "value": value - lost})
     return rows
 
@@ -58,6 +60,7 @@ def test_it_judges_by_its_rules() -> None:
     assert outcomes(reaches, SOLVED, APART | {"anchored": 0.85}) == {"does not hold"}
     assert outcomes(reaches, SOLVED, APART, single=0.8) == {"inconclusive"}  # what would it combine?
     assert outcomes(harmless, SOLVED, APART, harm=0.1) == {"does not hold"}
+    assert outcomes(harmless, SOLVED, APART, harm=0.5, first=6) == {"does not hold"}  # at training's most loops already
     assert outcomes("model, tied: 24 loops", SOLVED, APART, harm=0.1) == {"inconclusive"}  # little to lose
     two_seeds = [row for row in made_up(SOLVED, APART) if row["seed"] < 2]
     assert {verdict.outcome for verdict in EXPERIMENT.judge(two_seeds)} == {"inconclusive"}

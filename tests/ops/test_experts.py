@@ -50,7 +50,7 @@ def run(path: Callable, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def test_paths_equal_the_definition(path: Callable, load: str) -> None:
     grouped = path is experts_grouped
     inputs = case(load, torch.float32 if grouped else torch.float64)
-    tolerance = {experts_grouped: 2e-5, experts_gathered: 1e-10, experts_fused: 1e-10}.get(path, 1e-11)
+    tolerance = 2e-5 if grouped else 1e-10  # sums of up to 128 tokens, in an order that BLAS chooses by the CPU
     for fast, defined in zip(run(path, inputs), run(experts_ref, inputs), strict=True):
         close(fast, defined, tolerance)
     x, gate_up, down, weights, indices = inputs
