@@ -69,6 +69,11 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Summary:
     return summarise((np.asarray(a) - np.asarray(b)).tolist())
 
 
+def side(found: Summary, threshold: float) -> Outcome:
+    """Whether the whole 95% interval lies above `threshold`; refuted where it lies below."""
+    return "holds" if found.low > threshold else "does not hold" if found.high < threshold else "inconclusive"
+
+
 def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     """One failure decides; a doubt leaves it open."""
     for outcome in ("does not hold", "not tested at this scale", "inconclusive"):

@@ -1,11 +1,12 @@
 """The accuracies of one task by arm, hops and loops, and what every experiment on hops draws of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ritornello.lab import arms, figures, judging
-from ritornello.lab.measure import Row, pick_rows
+from ritornello.lab.measure import Row, pick_rows, values
 from ritornello.lab.report import Picture, Table
 from ritornello.lab.statistics import spread
 from ritornello.lab.tasks import TASKS
@@ -15,6 +16,11 @@ SHOWN = (1, 5, 8, 10, 15, 20)  # in tables
 TEST_LOOPS = 24  # what the claims are about, fixed before any result: enough for 20 hops with a few to spare
 LEARNT = 0.9  # of accuracy: below, a model has not learnt those hops, and says nothing about depth
 CHEAP = 0.02  # of accuracy that a way of stopping, or of not stopping, may cost
+
+
+def knows(rows: Sequence[Row], hops: Sequence[int], **where: Any) -> bool:
+    """Whether the mean over seeds on each of these hops is at least LEARNT."""
+    return all(np.mean(values(rows, metric="accuracy", hops=k, **where)) >= LEARNT for k in hops)
 
 
 class Accuracies:

@@ -134,7 +134,7 @@ class AdaptiveDepth(TrainedExperiment):
             test = "none: the training hops were not learnt"
         elif len(rho) >= MIN_SEEDS:
             found = summarise(rho)
-            outcome = "holds" if found.low > FOLLOWS else "does not hold" if found.high < FOLLOWS else "inconclusive"
+            outcome = judging.side(found, FOLLOWS)
             test = f"95% t interval [{found.low:.3f}, {found.high:.3f}] of Spearman's ρ against {FOLLOWS}"
         claim = f"{arms.ARMS[model].title}, {rule}: loops used follow the hops needed"
         evidence = f"ρ {judging.shown(rho)}"

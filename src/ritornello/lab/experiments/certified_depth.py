@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ritornello.lab import arms, figures, judging, orbits
 from ritornello.lab.cell import TEST_SEED, Cell, Trained, build
-from ritornello.lab.experiments.accuracies import CHEAP, HOPS, LEARNT
+from ritornello.lab.experiments.accuracies import CHEAP, HOPS, LEARNT, knows
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import Costs, Row, all_questions, pick_rows, row, values
@@ -390,9 +390,7 @@ def certain(rows: Sequence[Row], arm: str, hops: Sequence[int] = HOPS, when: str
 
 
 def learnt(rows: Sequence[Row], arm: str) -> bool:
-    """Whether the mean over seeds on each training hop is at least LEARNT."""
-    found = (values(rows, model=arm, metric="accuracy", hops=k, loops=arms.MAX_LOOPS) for k in TRAINING)
-    return all(np.mean(by_hop) >= LEARNT for by_hop in found)
+    return knows(rows, TRAINING, model=arm, loops=arms.MAX_LOOPS)
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:

@@ -149,8 +149,7 @@ class ParameterEfficiency(TrainedExperiment):
         test = f"none: {judging.seeds(len(ours))}"
         if len(ours) >= MIN_SEEDS:
             gain, share = judging.paired(small, big), shares(ours, small, big)
-            outcome = "holds" if share.low > 0 else "does not hold" if share.high < 0 else "inconclusive"
-            outcome = outcome if gain.low > 0 else "inconclusive"
+            outcome = judging.side(share, 0) if gain.low > 0 else "inconclusive"
             evidence += f"; share of the gap {judging.interval(share)}"
             test = f"95% t interval of the share; the gap {judging.interval(gain)}"
         return self._said(
@@ -171,7 +170,7 @@ class ParameterEfficiency(TrainedExperiment):
         if len(ours) >= MIN_SEEDS:
             found = judging.paired(ours, theirs)
             ratio, low, high = (float(np.exp(x)) for x in (found.mean, found.low, found.high))
-            outcome = "holds" if low > WORSE else "does not hold" if high < WORSE else "inconclusive"
+            outcome = judging.side(found, float(np.log(WORSE)))
             test = f"95% t interval of the ratio {ratio:.3f} [{low:.3f}, {high:.3f}] against {WORSE}"
         return self._said(
             "unrolled",

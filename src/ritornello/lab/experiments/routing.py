@@ -380,4 +380,4 @@ def _above(found: Sequence[float], threshold: float, unit: str) -> tuple[Outcome
         return "inconclusive", f"none: {judging.seeds(len(found))}"
     mean = summarise(found)
     test = f"95% t interval {judging.interval(mean)} against {threshold} {unit}"
-    return ("holds" if mean.low > threshold else "does not hold" if mean.high < threshold else "inconclusive"), test
+    return judging.side(mean, threshold), test

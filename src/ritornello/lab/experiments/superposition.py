@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ritornello.lab import arms, figures, judging, probes
 from ritornello.lab.cell import TEST_SEED, Cell, Trained, build
-from ritornello.lab.experiments.accuracies import HOPS, LEARNT
+from ritornello.lab.experiments.accuracies import HOPS, LEARNT, knows
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import STREAM, Costs, Row, accuracy_rows, pick_rows, row, values
@@ -155,7 +155,7 @@ class Superposition(TrainedExperiment):
         self, rule: str, rows: Sequence[Row], claim: str, ours: list[float], other: list[float], said: str
     ) -> Verdict:
         outcome, test = judging.is_better_paired(ours, other)
-        if not learnt(rows):
+        if not knows(rows, TRAINING):
             outcome, test = "inconclusive", f"not judged: the training hops were not learnt ({test})"
         claim = f"{arms.ARMS[MAIN].title}, {TASKS[rows[0]['task']].title}: {claim}"
         return self.verdict(rule, rows, MAIN, claim=claim, outcome=outcome, evidence=said, test=test)
@@ -288,11 +288,6 @@ def mean(x: Numbers | Marks) -> float:
 def judged(rows: Sequence[Row], metric: str) -> list[float]:
     """By seed, the mean over JUDGED distances, each at as many loops."""
     return np.mean([values(rows, metric=metric, hops=d, loops=d) for d in JUDGED], axis=0).tolist()
-
-
-def learnt(rows: Sequence[Row]) -> bool:
-    """Whether the mean over seeds on each training hop is at least LEARNT."""
-    return all(np.mean(values(rows, metric="accuracy", hops=k)) >= LEARNT for k in TRAINING)
 
 
 def _read_table(rows: Sequence[Row]) -> Table:

@@ -11,7 +11,7 @@ import torch
 from ritornello.config import ExitRule, ModelConfig
 from ritornello.lab import arms
 from ritornello.lab.cell import Trained, sizes
-from ritornello.lab.experiments.accuracies import HOPS, LEARNT
+from ritornello.lab.experiments.accuracies import HOPS, knows
 from ritornello.lab.measure import Row, pick_rows, row, values
 from ritornello.lab.tasks.chains import Chains
 from ritornello.lab.writing import Asked, by_turns, n_written, silent_flops, write, writing_flops
@@ -133,7 +133,7 @@ def own(rows: Sequence[Row], arm: str, metric: str, hops: Sequence[int]) -> list
 def learnt(rows: Sequence[Row], arm: str) -> bool:
     """Whether it knows the training hops: a looped model at the most loops of training, not by its gate."""
     how: dict[str, Any] = {"turns": arms.MAX_LOOPS, "rule": None} if arm == LOOPED else {"rule": "own"}
-    return all(np.mean(values(rows, model=arm, metric="accuracy", hops=k, **how)) >= LEARNT for k in TRAINING)
+    return knows(rows, TRAINING, model=arm, **how)
 
 
 def flops(rows: Sequence[Row], arm: str, hops: Sequence[int]) -> list[float]:

@@ -44,10 +44,7 @@ class Text(Material):
         text = self.dataset.train if split == "train" else self.dataset.validation
         starts = rng.integers(text.n_tokens - self.seq_len, size=len(hops))
         ids = text.read(starts[:, None] + np.arange(self.seq_len + 1))
-        tokens, answers = (
-            ids[:, :-1].copy(),
-            ids[:, 1:].copy(),
-        )  # of their own: writing to one must not change the other
+        tokens, answers = ids[:, :-1].copy(), ids[:, 1:].copy()  # writing to one must not change the other
         return Problems(tokens, answers, np.ones_like(answers))
 
     def windows(self, n: int) -> list[Batch]:
