@@ -1,17 +1,20 @@
 """What a model knows on the way, and the verdicts on the parts of the article's model."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ritornello.lab import arms, cell, judging, measure, stages
+from ritornello.lab import arms, cell, judging, measure, stages, text_arms
 from ritornello.lab.experiments import EXPERIMENTS, ablation
 from ritornello.lab.experiments.ablation import BARE, EVERY, MODEL, N_AHEAD, PARTS, Ablation, farthest
 from ritornello.lab.measure import Questions, Row, accuracy
 from ritornello.lab.tasks import TASKS
 from ritornello.recipes import find_model
+from tests.lab.small_text import install, shrunk
 
 TASK = TASKS["chains"]
 YES = "holds"
@@ -56,9 +59,12 @@ def test_what_the_shipped_model_knows_on_the_way() -> None:
     assert untrained["prelude"][1] < 0.2 < untrained["prelude"][0]
 
 
+def changed(one: cell.Cell, other: cell.Cell) -> set[str]:
+    return {name for name, x in vars(one.model).items() if x != vars(other.model)[name]}
+
+
 def test_each_arm_changes_what_its_name_says() -> None:
-    whole = vars(tiny(MODEL).model)
-    names = {arm: {name for name, x in vars(tiny(arm).model).items() if x != whole[name]} for arm in PARTS}
+    names = {arm: changed(tiny(arm), tiny(MODEL)) for arm in PARTS}
     assert names["article-no-lora"] == {"lora_rank"} and names["article-no-halting"] == {"halting"}
     assert names["article-no-injection"] == {"injection", "initial_state"}
     assert names[BARE] == {"n_prelude_layers", "n_coda_layers"}
@@ -71,7 +77,7 @@ def test_models_are_shared_with_the_other_experiments() -> None:
         name: {each.name for each in EXPERIMENTS[name].cells("full")}
         for name in ("depth-extrapolation", "routing", "ablation")
     }
-    assert len(shared["routing"] & shared["ablation"]) == 12 and len(shared["ablation"]) == 27
+    assert len(shared["routing"] & shared["ablation"]) == 12 and len(shared["ablation"]) == 54
     assert len(shared["depth-extrapolation"] & shared["ablation"] & shared["routing"]) == 3
 
 
@@ -85,6 +91,55 @@ def test_rows_are_measured_judged_and_shown(monkeypatch: pytest.MonkeyPatch) -> 
     verdicts = experiment.judge(rows)
     assert len(verdicts) == 7 and {verdict.outcome for verdict in verdicts} == {"inconclusive"}
     assert len(experiment.judge([row for row in rows if row["model"] == BARE])) == 1
+
+
+def test_on_text_each_arm_changes_what_its_name_says() -> None:
+    of = {arm: ablation.TRIALS["text"].cell(arm, 0) for arm in EVERY}
+    on_chains = {arm: changed(tiny(arm), tiny(MODEL)) for arm in EVERY}
+    on_chains["article-no-injection"] -= {"initial_state"}  # every loop starts from e here
+    assert {arm: changed(each, of[MODEL]) for arm, each in of.items()} == on_chains
+    assert all(each.train == of[MODEL].train for each in of.values())
+    looped = text_arms.cell("rdt", seed=0)
+    assert of[MODEL].train == replace(looped.train, steps=ablation.TEXT_STEPS, lr=text_arms.ARTICLE_LR)
+    assert {"input_init", "initial_state", "dim", "n_heads"}.isdisjoint(changed(looped, of[MODEL]))
+
+
+def test_text_is_measured_judged_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch)
+    experiment, trial = Ablation(), ablation.TRIALS["text"]
+    found = [as_if_trained(shrunk(trial.cell(arm, 0))) for arm in (MODEL, BARE)]
+    rows = [row for each in found for row in experiment.measure(each)]
+    verdicts = experiment.judge(rows)
+    assert [verdict.claim for verdict in verdicts] == [
+        f"prelude with coda: {claim} on the held-out text" for claim in ("earns its place", "is a burden")
+    ]
+    assert {verdict.outcome for verdict in verdicts} == {"inconclusive"}
+    assert "depth mask" not in verdicts[0].scale
+    tables, _ = experiment.show(rows)
+    assert [table.title for table in tables][-2:] == ["Bits per byte of held-out text", "What the arms cost on text"]
+
+
+def text_made_up(bits: dict[str, float], trigram: float = 2.6) -> list[Row]:
+    rows: list[Row] = []
+    for seed in range(3):
+        for arm in EVERY:
+            base = {"task": "text", "model": arm, "seed": seed, "total": 1, "loops": 4}
+            rows.append(base | {"metric": "bpb", "value": bits.get(arm, 2.2) + 0.001 * seed})
+        rows.append(base | {"model": MODEL, "metric": "trigram", "value": trigram})
+    return rows
+
+
+def test_fewer_bits_are_better() -> None:
+    without = {"article-no-coda": 2.25, "article-no-lora": 2.15, "article-no-halting": 2.203, "article-no-prelude": 2.7}
+    found = outcomes(text_made_up(without))
+    said = {
+        name: tuple(found[f"{name}: {claim} on the held-out text"] for claim in ("earns its place", "is a burden"))
+        for name in ("coda", "LoRA", "halting", "prelude")
+    }
+    assert said["coda"] == (YES, "does not hold") and said["LoRA"] == ("does not hold", YES)
+    assert said["halting"] == ("does not hold", "does not hold")
+    assert said["prelude"] == ("inconclusive", "inconclusive")  # worse than trigrams
+    assert set(outcomes(text_made_up(without, trigram=2.1)).values()) == {"inconclusive"}
 
 
 def made_up(training: dict[str, float], beyond: dict[str, float], reached: dict[str, int]) -> list[Row]:

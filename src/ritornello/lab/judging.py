@@ -82,9 +82,9 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
     return "holds"
 
 
-def listed(values: Sequence[float]) -> str:
+def listed(values: Sequence[float], digits: int = 2) -> str:
     """Each seed's"""
-    return " ".join(f"{value:.2f}" for value in values)
+    return " ".join(f"{value:.{digits}f}" for value in values)
 
 
 def shown(values: Sequence[float]) -> str:

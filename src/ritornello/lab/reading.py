@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ritornello.lab.cell import Trained
-from ritornello.lab.measure import Costs, Row, row
+from ritornello.lab.measure import Costs, Row, row, values
 from ritornello.lab.tasks.text import Text
 from ritornello.train import ngram
 from ritornello.train.data import NO_LABEL
@@ -46,3 +46,9 @@ def trigram_row(experiment: str, found: Trained, *, n: int = N_WINDOWS) -> Row:
     n_bytes = sum(int(window.n_bytes.sum()) for window in windows)
     bits = float(ngram.window_bits(task.dataset, windows).sum())
     return row(experiment, found, metric="trigram", value=bits / n_bytes, n=n, loops=0)
+
+
+def beats_trigrams(rows: Sequence[Row], read: Sequence[float]) -> bool:
+    """Whether a model of so many bits per byte, by seed, is known to read better than trigrams, on the mean."""
+    trigram = values(rows, metric="trigram")
+    return bool(trigram and read) and float(np.mean(read)) < trigram[0]

@@ -1,12 +1,12 @@
 """Which part of the article's model earns its place: each is taken away in turn; and what prelude and coda compute."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ritornello.lab import arms, judging
+from ritornello.lab import arms, judging, text_arms
 from ritornello.lab.cell import TEST_SEED, Cell, Trained, build, sizes
 from ritornello.lab.experiments.accuracies import (
     HOPS,
@@ -19,10 +19,12 @@ from ritornello.lab.experiments.accuracies import (
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import N_QUESTIONS, Questions, Row, accuracy_rows, pick_rows, row, values
+from ritornello.lab.reading import N_WINDOWS, beats_trigrams, reading_rows, trigram_row
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
 from ritornello.lab.stages import RIDGE, reached, skipping
 from ritornello.lab.statistics import MIN_SEEDS
 from ritornello.lab.tasks import TASKS
+from ritornello.lab.text_arms import MEAN_LOOPS, TEXT
 
 CHAINS = "chains"
 MODEL, BARE = "article", "article-bare"
@@ -40,27 +42,34 @@ EVERY = (MODEL, *PARTS)
 LOOPS = (arms.MAX_LOOPS, TEST_LOOPS)
 # Of the probes: problems, their hops, the loops after which they read, and the nodes, up to so many hops on.
 N_PROBLEMS, DEEP, READ_LOOPS, N_AHEAD = 96, 20, 3, 6
+TEXT_LOOPS = (1, 2, 4, 8, 16)
+TEXT_STEPS = 600
+CLOSE = 0.01  # bits per byte; a smaller difference isn't worth a claim
 KNOWN = 0.5  # of a probe's accuracy from which on a state is said to hold a node; guessing has .03
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """A number by seed that says how good an arm is on a task, the larger the better (of bits per byte, the negative),
-    the difference that counts, and whether an arm knows enough for the number to say anything."""
+    """A number by seed that says how good an arm is on a task, the larger the better if it isn't a `loss`; the
+    difference that counts; whether an arm knows enough for the number to say anything, and what one that doesn't lacks.
+    """
 
     name: str
     of: Callable[[Sequence[Row], str], list[float]]
     margin: float = judging.MARGIN
+    loss: bool = False
     knows: Callable[[Sequence[Row], str], bool] = lambda rows, arm: True
+    lacks: str = ""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is measured of an arm on one task, and the gauges that judge it. A new task is a line in TRIALS."""
+    """The cell of an arm and a seed on one task, what is measured of it, and the gauges that judge it. A new task is a
+    line in TRIALS."""
 
+    cell: Callable[[str, int], Cell]
     measure: Callable[[str, Trained], list[Row]]
     gauges: tuple[Gauge, ...]
-    changes: Mapping[str, Any] = field(default_factory=dict)  # of training
 
 
 def _accuracies(rows: Sequence[Row]) -> Accuracies:
@@ -81,6 +90,10 @@ def _knows_training_hops(rows: Sequence[Row], arm: str) -> bool:
     return _accuracies(rows).lowest(arm) >= LEARNT
 
 
+def _cell_on_chains(arm: str, seed: int) -> Cell:
+    return arms.cell(arm, TASKS[CHAINS], seed=seed, masked=True)
+
+
 def _measure_chains(experiment: str, found: Trained) -> list[Row]:
     """Accuracies, with and without loop and coda; and what each stage holds, before training too."""
     rows, task = accuracy_rows(experiment, found, hops=HOPS, loops=LOOPS), found.cell.build_task()
@@ -99,10 +112,45 @@ def _measure_chains(experiment: str, found: Trained) -> list[Row]:
     return rows
 
 
+def _bits(rows: Sequence[Row], arm: str) -> list[float]:
+    return values(rows, model=arm, metric="bpb", loops=MEAN_LOOPS)
+
+
+def _knows_text(rows: Sequence[Row], arm: str) -> bool:
+    return beats_trigrams(rows, _bits(rows, arm))
+
+
+def _cell_on_text(arm: str, seed: int) -> Cell:
+    return text_arms.cell(arm, seed=seed, steps=TEXT_STEPS)
+
+
+def _measure_text(experiment: str, found: Trained) -> list[Row]:
+    rows = reading_rows(experiment, found, loops=TEXT_LOOPS)
+    return [*rows, trigram_row(experiment, found)] if found.cell.arm == MODEL else rows
+
+
 TRIALS: Mapping[str, Trial] = {
     CHAINS: Trial(
+        _cell_on_chains,
         _measure_chains,
-        (Gauge("training hops", _training_hops), Gauge("hops beyond", _hops_beyond, knows=_knows_training_hops)),
+        (
+            Gauge("training hops", _training_hops),
+            Gauge("hops beyond", _hops_beyond, knows=_knows_training_hops, lacks="did not learn the training hops"),
+        ),
+    ),
+    TEXT.name: Trial(
+        _cell_on_text,
+        _measure_text,
+        (
+            Gauge(
+                "held-out text",
+                _bits,
+                margin=CLOSE,
+                loss=True,
+                knows=_knows_text,
+                lacks="is no better than trigrams",
+            ),
+        ),
     ),
 }
 
@@ -111,22 +159,25 @@ class Ablation(TrainedExperiment):
     name = "ablation"
     title = "Ablation: which part of the article's model earns its place?"
     question = (
-        "What does the article model lose on depth extrapolation when one of its parts is taken away, and do prelude "
-        "and coda compute or only adapt?"
+        "What does the article model lose on depth extrapolation, and on real text, when one of its parts is taken "
+        "away, and do prelude and coda compute or only adapt?"
     )
     prediction = (
         "Injection earns its place. Prelude, coda, LoRA, loop embedding, experts and halting do not, and without some "
-        "of them the model reaches further. The prelude takes one hop, the coda none."
+        "of them the model reaches further. The prelude takes one hop, the coda none. On text prelude, coda and "
+        "experts earn their place, being most of the parameters; LoRA, loop embedding, halting and injection do not."
     )
     rules: ClassVar = {
         "earns": (
-            f"Mean accuracy over the training hops at {arms.MAX_LOOPS} loops, or over those beyond (6 to 20) at "
-            f"{TEST_LOOPS}; of the latter inconclusive unless both models have a mean of at least {LEARNT} on each "
-            "training hop. Holds: the article model is better than without the part by at least .1, with p <= .05 in "
-            "the exact one-sided permutation test over seeds. Does not hold: the 95% interval of the difference "
-            "(Welch) lies below .1. Else, or under 3 seeds, inconclusive."
+            f"On chains the mean accuracy over the training hops at {arms.MAX_LOOPS} loops, or over those beyond (6 to "
+            f"20) at {TEST_LOOPS}; of the latter inconclusive unless both models have a mean of at least {LEARNT} on "
+            f"each training hop. On text bits per byte at {MEAN_LOOPS} loops; inconclusive unless both models read "
+            "better than a byte trigram model of the same text, on the mean. Holds: the article model is better than "
+            f"without the part by at least .1 of accuracy or {CLOSE} bits, with p <= .05 in the exact one-sided "
+            "permutation test over seeds. Does not hold: the 95% interval of the difference (Welch) lies below that. "
+            "Else, or under 3 seeds, inconclusive."
         ),
-        "burdens": "The same means and tests the other way round: the model without the part is better by at least .1.",
+        "burdens": "The same means and tests the other way round: the model without the part is better by as much.",
         "works": (
             f"Mean accuracy over the training hops at {arms.MAX_LOOPS} loops. Holds: the mean over seeds is at least "
             f"{LEARNT}. Does not hold: the 95% t interval lies below. Else, or under 3 seeds, inconclusive."
@@ -147,7 +198,7 @@ class Ablation(TrainedExperiment):
     )
     budget: ClassVar = {
         "quick": "5 minutes on 2 cores",
-        "full": "about 65 core-minutes beyond routing and depth-extrapolation, whose models it uses",
+        "full": "about 110 core-minutes beyond routing, whose models it uses",
     }
     notes = (
         "Depth mask: in training a looped model is asked only those questions that its number of loops can reach "
@@ -155,6 +206,10 @@ class Ablation(TrainedExperiment):
         "Every arm trains on the same problems for as many steps at the same rate, chosen for the smallest looped "
         "model; input_init and the zero initial state were chosen for the article model with its prelude "
         "(experiments/LOG.md, entries 4 to 6), so that what is taken away may have lost what was set for it.",
+        "On text the models are those of the same names in the shape, injection and training of parameter-efficiency's "
+        f"looped ones (Poisson({MEAN_LOOPS}) loops), with a LoRA for each loop that training may reach and the "
+        "best of three rates for the whole model (experiments/LOG.md, entry 26). What is taken "
+        "away takes its parameters along: the table of costs says how many.",
         "At 20 hops alone the article model is known to be near guessing (.27 in five seeds of depth-extrapolation, "
         "guessing .24), where nothing can be lost; so the rule reads the mean over all hops beyond (known: .58).",
         "Without experts: one dense expert of equal active parameters. Without injection the loop starts from e, or "
@@ -176,18 +231,14 @@ class Ablation(TrainedExperiment):
         "loops": LOOPS,
         "questions": N_QUESTIONS,
         "probes": (N_PROBLEMS, DEEP, READ_LOOPS, N_AHEAD, RIDGE),
+        "text": (TEXT_LOOPS, N_WINDOWS),
         "test_seed": TEST_SEED,
     }
 
     def cells(self, scale: Scale) -> list[Cell]:
         if scale == "quick":
             return [arms.quick(arm, TASKS[CHAINS]) for arm in (MODEL, BARE)]
-        return [
-            arms.cell(arm, TASKS[task], seed=seed, masked=True, **trial.changes)
-            for seed in range(3)
-            for task, trial in TRIALS.items()
-            for arm in EVERY
-        ]
+        return [trial.cell(arm, seed) for seed in range(3) for trial in TRIALS.values() for arm in EVERY]
 
     def measure(self, found: Trained) -> list[Row]:
         return TRIALS[found.cell.task].measure(self.name, found)
@@ -209,11 +260,12 @@ class Ablation(TrainedExperiment):
 
     def _differs(self, rows: Sequence[Row], gauge: Gauge, arm: str, rule: str) -> Verdict:
         whole, without = gauge.of(rows, MODEL), gauge.of(rows, arm)
-        pair = (whole, without) if rule == "earns" else (without, whole)
+        pair = (whole, without) if (rule == "earns") != gauge.loss else (without, whole)
         outcome, test = judging.is_better(*pair, margin=gauge.margin)
         if not (gauge.knows(rows, MODEL) and gauge.knows(rows, arm)):
-            outcome, test = "inconclusive", f"not judged: one of the two did not learn the training hops ({test})"
-        said = (f"{judging.shown(found)} ({judging.listed(found)})" for found in (without, whole))
+            outcome, test = "inconclusive", f"not judged: one of the two {gauge.lacks} ({test})"
+        digits = 3 if gauge.loss else 2
+        said = (f"{judging.shown(found)} ({judging.listed(found, digits)})" for found in (without, whole))
         claim = "earns its place" if rule == "earns" else "is a burden"
         return self.verdict(
             rule,
@@ -260,10 +312,16 @@ class Ablation(TrainedExperiment):
         )
 
     def show(self, rows: Sequence[Row]) -> tuple[list[Table], list[Picture]]:
-        found = _accuracies(rows)
-        every = found.arms(EVERY)
-        tables = [_stage_table(rows, every), _skip_table(rows, every), accuracy_table(found, every)]
-        return [*tables, costs_table(found.rows, every)], [curve_picture(found, every)]
+        found, tables, pictures = _accuracies(rows), [], []
+        if walked := found.arms(EVERY):
+            tables += [_stage_table(rows, walked), _skip_table(rows, walked), accuracy_table(found, walked)]
+            tables.append(costs_table(found.rows, walked))
+            pictures.append(curve_picture(found, walked))
+        text = pick_rows(rows, task=TEXT.name)
+        if read := [arm for arm in EVERY if pick_rows(text, model=arm)]:
+            costs = costs_table(text, read, metric="bpb", loops=dict.fromkeys(read, MEAN_LOOPS))
+            tables += [_text_table(text, read), replace(costs, title="What the arms cost on text")]
+        return tables, pictures
 
 
 def probes(rows: Sequence[Row], arm: str, stage: str, *, of: str = "trained") -> np.ndarray:
@@ -301,3 +359,15 @@ def _skip_table(rows: Sequence[Row], every: Sequence[str]) -> Table:
     head = ("model", "without", *(f"{k} hops" for k in (1, 2, 3, 5, 8)))
     note = f"the coda is skipped after {arms.MAX_LOOPS} loops; mean ± sd over seeds"
     return Table(title="Accuracy with a part left out of the trained model", head=head, rows=tuple(lines), note=note)
+
+
+def _text_table(rows: Sequence[Row], every: Sequence[str]) -> Table:
+    lines = []
+    for arm in every:
+        cells = (judging.shown(values(rows, model=arm, metric="bpb", loops=at)) for at in TEXT_LOOPS)
+        lines.append((arms.ARMS[arm].title, *cells))
+    note = f"mean ± sd over seeds; {MEAN_LOOPS} loops are judged, the mean of training"
+    trigram = values(rows, metric="trigram")
+    note += f"; a byte trigram model of all the training text: {trigram[0]:.3f}" if trigram else ""
+    head = ("model", *(f"{at} loops" for at in TEXT_LOOPS))
+    return Table(title="Bits per byte of held-out text", head=head, rows=tuple(lines), note=note)

@@ -51,7 +51,8 @@ class Experiment(ABC):
         seeds = judging.seeds(len({row["seed"] for row in found}))
         task = MATERIALS[found[0]["task"]]
         scale = f"at {found[0]['total']:,} parameters, on {task.title}, {seeds}"
-        scale += ", looped models trained with the depth mask" if self.masked and not task.loops_say_hops else ""
+        masked = self.masked and task.max_hops > 1 and not task.loops_say_hops
+        scale += ", looped models trained with the depth mask" if masked else ""
         return Verdict(claim=claim, outcome=outcome, scale=scale, evidence=evidence, test=test, rule=self.rules[rule])
 
     def command(self, scale: Scale) -> str:

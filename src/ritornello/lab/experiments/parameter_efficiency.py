@@ -10,7 +10,7 @@ from ritornello.lab.cell import Cell, Trained
 from ritornello.lab.experiments.base import Scale, TrainedExperiment
 from ritornello.lab.experiments.tables import costs_table
 from ritornello.lab.measure import Row, pick_rows, values
-from ritornello.lab.reading import N_WINDOWS, reading_rows, trigram_row
+from ritornello.lab.reading import N_WINDOWS, beats_trigrams, reading_rows, trigram_row
 from ritornello.lab.report import Outcome, Picture, Table, Verdict
 from ritornello.lab.statistics import MIN_SEEDS, Summary, spread, summarise
 from ritornello.lab.text_arms import MEAN_LOOPS, RATIO, TEXT_ARMS
@@ -197,7 +197,7 @@ class ParameterEfficiency(TrainedExperiment):
 
     def _said(self, rule: str, rows: Sequence[Row], compared: Sequence[str], **said: Any) -> Verdict:
         """Inconclusive where one of the models compared, the first of which the verdict is about, has not learnt."""
-        if not all(learnt(rows, model) for model in compared):
+        if not all(beats_trigrams(rows, read(rows, model)) for model in compared):
             said |= {"outcome": "inconclusive", "test": f"not judged: one is no better than trigrams ({said['test']})"}
         return self.verdict(rule, rows, compared[0], **said)
 
@@ -216,12 +216,6 @@ def together(rows: Sequence[Row], *models: str, metric: str = "bpb") -> list[lis
     """Of each model by seed, of as many seeds as all have."""
     found = [read(rows, model, metric=metric) for model in models]
     return [part[: min(map(len, found))] for part in found]
-
-
-def learnt(rows: Sequence[Row], model: str) -> bool:
-    """Whether it is known to read better than the trigram model, on the mean over seeds."""
-    trigram, found = values(rows, metric="trigram"), read(rows, model)
-    return bool(trigram and found) and float(np.mean(found)) < trigram[0]
 
 
 def shares(ours: Sequence[float], small: Sequence[float], big: Sequence[float]) -> Summary:
