@@ -9,8 +9,11 @@ import argparse
 import json
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from ritornello.lab import campaign
 from ritornello.lab.experiments import EXPERIMENTS
@@ -21,21 +24,51 @@ PICTURES = {  # that the README shows
     "hops-by-loops.png": "*-depth-extrapolation/chains-hops-by-loops.png",
     "loops-by-hops.png": "*-adaptive-depth/loops-by-hops.png",
 }
+# What the article says, and which verdicts of which experiment answer it: those whose claims begin so.
+CLAIMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "Trained on 5 hops, it answers 10 and 20",
+        "depth-extrapolation",
+        ("article model, trained on 5 hops", "smallest looped model, trained on 5 hops, answers 20"),
+    ),
+    (
+        "Plain transformers do not",
+        "depth-extrapolation",
+        ("plain, the article model's parameters (5 × 64): falls behind the article model at 8 hops",),
+    ),
+    (
+        "The state cannot grow without bound, however many loops",
+        "stability",
+        ("LTI injection: the state stays within",),
+    ),
+    ("LTI injection trains where others diverge", "stability", ("LTI injection trains wherever",)),
+    (
+        "Each token decides when to stop",
+        "adaptive-depth",
+        (
+            "article model, hazard > 0.9: loops used",
+            "article model, hazard > 0.9: stopping",
+            "ACT, mixture, cumulative > 0.99: as accurate",
+        ),
+    ),
+)
+UNTESTED = ("Scaling laws predict the loss of a training before it is paid for", "not tested yet")
 HEAD = """# Results
 
-Every claim that was tested, with its verdict; what failed stands beside what held. Each was tested at one small scale,
-which its row names, by a rule that its page states ([how](docs/lab.md)). `experiments/` holds the rows behind each
-figure. A page whose campaign is under way says how many of its cells are finished, and decides nothing before all are.
+Each claim of the article, and what came of it; what failed stands beside what held. Everything was tested at one small
+scale, which its row names, by a rule that its page states ([how](docs/lab.md)). Below stands every verdict of every
+experiment; `experiments/` holds the rows behind each figure. A page whose campaign is under way says how many of its
+cells are finished, and decides nothing before all are.
 
+"""
+WORDS = """
 The *article model* has all that the article names: prelude, experts, LTI injection, LoRA, halting, coda; the *smallest
 looped model* one dense layer and a gate. *Depth mask*: in training a question is asked only if the loops can reach it.
 *Beyond*: 6 to 20 hops. *Hazard*: a gate's probability of stopping now; *KL*: how much the prediction changes from loop
 to loop; *cumulative*: ACT's probabilities added up. *ρ*: Spearman's, of loops used and hops needed. *lti*, *linear*,
 *add*, *none*: how the input comes back. In brackets: seed by seed.
-
-| claim | verdict | at which scale | evidence | test | experiment |
-|---|---|---|---|---|---|
 """
+Page = Mapping[str, Any]
 
 
 def main() -> int:
@@ -51,12 +84,7 @@ def main() -> int:
     for name, picture in PICTURES.items():
         for path in (ROOT / "experiments").glob(picture):
             shutil.copyfile(path, ROOT / "docs" / name)
-    rows = []
-    for name in EXPERIMENTS:
-        for path in (ROOT / "experiments").glob(f"*-{name}/verdicts.json"):  # at most one
-            page = json.loads(path.read_text(encoding="utf-8"))
-            rows += [row(verdict, path.parent.name, page["command"]) for verdict in page["verdicts"]]
-    (ROOT / "RESULTS.md").write_text(HEAD + "".join(rows), encoding="utf-8")
+    (ROOT / "RESULTS.md").write_text(results(published()), encoding="utf-8")
     return 0
 
 
@@ -71,10 +99,55 @@ def publish(name: str, folder: Path, day: str) -> Path:
     return target
 
 
-def row(verdict: dict[str, str], folder: str, command: str) -> str:
-    link = f"[{folder}](experiments/{folder}/README.md), `{command}`"
-    said = (verdict[name] for name in ("scale", "evidence", "test"))
-    cells = (verdict["claim"], f"**{verdict['outcome']}**", *said, link)
+def published() -> dict[str, Page]:
+    """By experiment, in the order of EXPERIMENTS: verdicts.json, its `folder` and `title`."""
+    found = {}
+    for name in EXPERIMENTS:
+        for path in (ROOT / "experiments").glob(f"*-{name}/verdicts.json"):  # at most one
+            page = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = page | {"folder": path.parent.name, "title": EXPERIMENTS[name].title}
+    return found
+
+
+def results(pages: Mapping[str, Page]) -> str:
+    """RESULTS.md: the article's claims, then the verdicts of each experiment."""
+    answers = [line(said, "–", f"**{why}**", "", "", "") for said, why in (UNTESTED,)]
+    claims = "".join([*(answer(said, pages[name], starts) for said, name, starts in CLAIMS if name in pages), *answers])
+    head = table("the article says", "tested as", "verdict", "at which scale", "evidence", "run it")
+    return HEAD + head + claims + WORDS + "".join(section(page) for page in pages.values())
+
+
+def answer(said: str, page: Page, starts: tuple[str, ...]) -> str:
+    """A line for each verdict that answers one claim of the article. Raises LookupError where there is none."""
+    lines = []
+    for start in starts:
+        found = [verdict for verdict in page["verdicts"] if verdict["claim"].startswith(start)]
+        if not found:
+            raise LookupError(f"{page['folder']}: no verdict begins with {start!r}")
+        link = f"[`{page['command']}`](experiments/{page['folder']}/README.md)"
+        for verdict in found:
+            lines.append(line("" if lines else said, *shown(verdict, "claim", "outcome", "scale", "evidence"), link))
+    return "".join(lines)
+
+
+def section(page: Page) -> str:
+    counts = Counter(verdict["outcome"] for verdict in page["verdicts"])
+    counted = ", ".join(f"{n} × {outcome}" for outcome, n in counts.most_common())
+    link = f"[{page['folder']}](experiments/{page['folder']}/README.md)"
+    rows = (line(*shown(verdict, "claim", "outcome", "scale", "evidence", "test")) for verdict in page["verdicts"])
+    head = table("claim", "verdict", "at which scale", "evidence", "test")
+    return f"\n## {page['title']}\n\n{link}, `{page['command']}`: {counted}\n\n{head}{''.join(rows)}"
+
+
+def shown(verdict: Mapping[str, str], *names: str) -> list[str]:
+    return [f"**{verdict[name]}**" if name == "outcome" else verdict[name] for name in names]
+
+
+def table(*head: str) -> str:
+    return line(*head) + "|" + "---|" * len(head) + "\n"
+
+
+def line(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
