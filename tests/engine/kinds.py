@@ -55,11 +55,14 @@ def made(kind: str, dtype: torch.dtype = torch.float64) -> tuple[RecurrentDepthT
     """The model of a kind, and a rule by which some of its tokens leave early."""
     row, name = KINDS[kind]
     model = build(row, dtype=dtype).eval()
-    if name is None:
-        return model, None
+    return model, None if name is None else ruled(model, name)
+
+
+def ruled(model: RecurrentDepthTransformer, name: ExitName) -> ExitRule:
+    """With the threshold that half of the model's tokens pass after their second loop."""
     with torch.no_grad():
         first, second = model(tokens_for(model.config, 6, 12), n_loops=3, trajectory=True, weigh=True).trajectory[:2]
-        return model, ExitRule(name, float(signal(model, name, first, second).median()), min_loops=1)
+        return ExitRule(name, float(signal(model, name, first, second).median()), min_loops=1)
 
 
 def is_empty(engine: Engine) -> bool:

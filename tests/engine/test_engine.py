@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from ritornello.config import ExitRule
+from ritornello.config import ExitName, ExitRule
 from ritornello.engine.engine import Engine
 from ritornello.engine.lanes import Lanes
-from ritornello.engine.pages import Pages, Tables
+from ritornello.engine.pages import NONE, Pages, Tables, distinct
 from ritornello.engine.prefixes import BLOCK, Prefixes
 from ritornello.engine.request import Request
 from ritornello.engine.sampling import Sampling
 from ritornello.engine.tokens import Tokens
-from tests.engine.kinds import KINDS, alone, answers, is_empty, made, prompts
+from tests.engine.kinds import KINDS, alone, answers, is_empty, made, prompts, ruled
 from tests.model.builders import build
+
+RULES: dict[str, tuple[ExitName, ...]] = {
+    "gate": ("hazard", "cumulative", "delta", "kl", "entropy"),
+    "act": ("cumulative", "hazard"),
+    "kl": ("kl", "entropy", "delta"),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,6 +45,28 @@ def test_each_request_gets_what_it_gets_alone(kind: str, chunk: int) -> None:
     assert (len({loops for used in deep for loops in used}) > 1) == (rule is not None), deep
     other = replace(requests[0], sampling=Sampling(seed=99))
     assert alone(model, other) != found[numbers[0]]
+
+
+@pytest.mark.parametrize("kind", ["gate", "act", "kl"])
+def test_each_request_has_a_rule_of_its_own(kind: str) -> None:
+    """All rules that a model can have run side by side in every tick, and none at all."""
+    settings, _ = KINDS[kind]
+    model = build(settings, dtype=torch.float64).eval()
+    rules = [None, *(ruled(model, name) for name in RULES[kind])]
+    requests = [
+        Request(
+            prompt=prompt, max_tokens=5, n_loops=(4, 3)[i % 2], exit=rules[i % len(rules)], sampling=Sampling(seed=i)
+        )
+        for i, prompt in enumerate(prompts(model.config, 4 * len(rules)))
+    ]
+    engine = Engine(model, chunk=4, tick_tokens=16)
+    numbers = [engine.submit(request) for request in requests]
+    found = answers(engine, numbers)
+    for number, request in zip(numbers, requests, strict=True):
+        assert found[number] == alone(model, request)
+    assert is_empty(engine)
+    early = {i % len(rules) for i, number in enumerate(numbers) if min(found[number][1]) < (requests[i].n_loops or 0)}
+    assert early == set(range(1, len(rules))), "a rule never fired"
 
 
 @pytest.mark.parametrize("kind", ["gqa", "mla", "kl"])
@@ -65,13 +93,13 @@ def test_requests_that_come_and_go(kind: str) -> None:
     assert is_empty(engine)
 
 
-@pytest.mark.parametrize("share", [4, 2])
-def test_a_full_memory_is_no_failure(share: int) -> None:
+@pytest.mark.parametrize(("kind", "share"), [*((kind, 4) for kind in KINDS), ("kl", 2)])
+def test_a_full_memory_is_no_failure(kind: str, share: int) -> None:
     """With a part of the rows needed, sequences give theirs up and start over: the same tokens, later."""
-    model, rule = made("kl")
+    model, rule = made(kind)
     requests = [
-        Request(prompt=p, max_tokens=12, exit=rule, sampling=Sampling(seed=i))
-        for i, p in enumerate(prompts(model.config, 12))
+        Request(prompt=p, max_tokens=10, exit=rule, sampling=Sampling(seed=i))
+        for i, p in enumerate(prompts(model.config, 10))
     ]
     most = sum(len(request.prompt) + request.max_tokens for request in requests)
     engine = Engine(model, chunk=8, tick_tokens=64, n_rows=Engine(model).layout.most_rows(most // share))
@@ -268,6 +296,18 @@ def test_nobody_starves() -> None:
     assert tick < 300, "never served"
 
 
+def test_rows_are_held_once() -> None:
+    """A place's rows by loop: different ones, then the last one again to the end, or none at all."""
+    rng, rows = np.random.default_rng(0), np.full((3, 6, 5), NONE)
+    for slot, place in np.ndindex(3, 5):
+        if deep := rng.integers(7):
+            rows[slot, :, place] = 100 * slot + 10 * place + np.minimum(np.arange(6), deep - 1)
+    expected = np.unique(rows[rows != NONE])
+    assert len(expected) < (rows != NONE).sum()
+    assert np.array_equal(np.sort(distinct(rows)), expected)
+    assert np.array_equal(np.sort(distinct(rows[0])), np.unique(rows[0][rows[0] != NONE]))
+
+
 def test_pages_are_counted() -> None:
     engine = Engine(made("gqa")[0], n_rows=30)
     pages = engine.pages
@@ -278,6 +318,21 @@ def test_pages_are_counted() -> None:
     assert pages.n_free == 6
     pages.drop(first[:4])
     assert pages.n_free == 10 and pages.n_used == 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_shared_changes_no_text(kind: str) -> None:
+    model, rule = made(kind)
+    start = prompts(model.config, 1)[0] * BLOCK
+    requests = [
+        Request(prompt=[*start[: 2 * BLOCK], i], max_tokens=3, exit=rule, sampling=Sampling(seed=i)) for i in range(3)
+    ]
+    engine = Engine(model, chunk=8, tick_tokens=64)
+    for request in requests:
+        found = answers(engine, [number := engine.submit(request)])
+        assert found[number] == alone(model, request)
+        assert len(engine.prefixes) == 2
+    assert is_empty(engine)
 
 
 def test_what_prompts_share_is_computed_once() -> None:
