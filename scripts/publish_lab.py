@@ -27,6 +27,24 @@ PICTURES = {  # that the README shows
 # What the article says, and which verdicts of which experiment answer it: those whose claims begin so.
 CLAIMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
+        "Half the parameters are enough for the same quality (770M for 1.3B)",
+        "parameter-efficiency",
+        (
+            "looped, 0.59 of the parameters: as good as plain",
+            "looped, 0.59 of the parameters: as good as plain with the looped model's stem",
+            "looped, 0.59 of the parameters: better than plain with the looped model's stem, 0.59",
+        ),
+    ),
+    (
+        "It combines what it has never seen combined",
+        "systematic-generalisation",
+        (
+            "smallest looped model, tied: answers walks",
+            "smallest looped model, tied: at least",
+            "smallest looped model, tied, anchored: at least",
+        ),
+    ),
+    (
         "Trained on 5 hops, it answers 10 and 20",
         "depth-extrapolation",
         ("article model, trained on 5 hops", "smallest looped model, trained on 5 hops, answers 20"),
@@ -51,8 +69,43 @@ CLAIMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "ACT, mixture, cumulative > 0.99: as accurate",
         ),
     ),
+    (
+        "Each loop can take other experts",
+        "routing",
+        (
+            "article model: a token's experts differ",
+            "article model: experts follow",
+            "article model: experts are better",
+        ),
+    ),
+    (
+        "Prelude, coda, LoRA, experts, halting and injection each earn their place",
+        "ablation",
+        tuple(
+            f"{part}: earns its place"
+            for part in ("prelude", "coda", "LoRA", "loop embedding", "mixture of experts", "halting", "injection")
+        ),
+    ),
+    ("Prelude and coda are adapters: the loop does the work", "ablation", ("article model: the ",)),
+    (
+        "Gains saturate with depth, then turn into overthinking",
+        "test-time-depth",
+        (
+            "looped, 0.59 of the parameters: loss settles",
+            "looped, 0.59 of the parameters: 32 loops",
+            "smallest looped model: loss settles",
+            "smallest looped model: 40 loops",
+        ),
+    ),
+    ("A loop is a latent step of a chain of thought", "loops-vs-cot", ("Silent loops",)),
+    ("It searches breadth-first, many paths at once", "superposition", ("",)),
+    (
+        "Answers can be certified for every further loop (not the article's: ours)",
+        "certified-depth",
+        ("smallest looped model: answers", "what is certified"),
+    ),
 )
-UNTESTED = ("Scaling laws predict the loss of a training before it is paid for", "not tested yet")
+UNTESTED = ("Scaling laws predict what a training will give",)
 HEAD = """# Results
 
 Each claim of the article, and what came of it; what failed stands beside what held. Everything was tested at one small
@@ -111,10 +164,16 @@ def published() -> dict[str, Page]:
 
 def results(pages: Mapping[str, Page]) -> str:
     """RESULTS.md: the article's claims, then the verdicts of each experiment."""
-    answers = [line(said, "–", f"**{why}**", "", "", "") for said, why in (UNTESTED,)]
-    claims = "".join([*(answer(said, pages[name], starts) for said, name, starts in CLAIMS if name in pages), *answers])
     head = table("the article says", "tested as", "verdict", "at which scale", "evidence", "run it")
-    return HEAD + head + claims + WORDS + "".join(section(page) for page in pages.values())
+    claims = [
+        answer(said, pages[name], starts) if name in pages else later(said, name) for said, name, starts in CLAIMS
+    ]
+    claims += [later(said) for said in UNTESTED]
+    return HEAD + head + "".join(claims) + WORDS + "".join(section(page) for page in pages.values())
+
+
+def later(said: str, name: str = "") -> str:
+    return line(said, "", "not tested yet", "", "", f"`{EXPERIMENTS[name].command('full')}`" if name else "")
 
 
 def answer(said: str, page: Page, starts: tuple[str, ...]) -> str:
