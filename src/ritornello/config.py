@@ -18,6 +18,7 @@ Injection = Literal["lti", "linear", "add", "none"]
 Halting = Literal["none", "act", "gate", "kl", "delta", "entropy"]
 ReadOut = Literal["last", "mixture"]
 InitialState = Literal["zeros", "e", "noise"]
+Gather = Literal["step", "loop"]
 LoraTarget = Literal["q", "o", "ffn"]
 KvSharing = Literal["per_loop", "first"]
 CachePolicy = Literal["per_loop", "last", "first"]
@@ -425,6 +426,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes of a run share the work. It changes no result beyond rounding, and may change on resuming."""
+
+    replicate: int = 1  # groups of processes, each with a whole model
+    shard: int = 0  # processes in a group, which hold a part of it each; 0: all that are left
+    gather: Gather = "step"  # looped layers are put together once a step, or for each loop
+
+    def __post_init__(self) -> None:
+        require_kinds(self)
+        require_int("replicate", self.replicate, 1)
+        require_int("shard", self.shard, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that defines a run, and what its directory's config.json holds."""
 
@@ -432,6 +447,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         model, data, train = self.model, self.data, self.train

@@ -1,5 +1,6 @@
 """How far a run is, on standard error: a live bar on a terminal, a line now and then elsewhere, nothing when quiet."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,11 @@ from typing import TYPE_CHECKING, Self, final
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import ProgressColumn
+
+
+def process_rank() -> int:
+    """Which of the processes that torchrun started this is; the first one speaks for all."""
+    return int(os.environ.get("RANK", 0))
 
 
 def shown_metric(value: float) -> str:

@@ -12,16 +12,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ritornello import presets
-from ritornello.config import DataConfig, ModelConfig, Recipe, TrainConfig, require, require_choice, shown
+from ritornello.config import (
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    Recipe,
+    TrainConfig,
+    require,
+    require_choice,
+    shown,
+)
 
 Kind = TypeVar("Kind")
 MAX_BYTES = 10_000_000
 MAX_NESTING = 16
 _FIELDS = {
-    "": ["name", "model", "data", "train"],
+    "": ["name", "model", "data", "train", "parallel"],
     "model": ["preset", *(field.name for field in fields(ModelConfig))],
     "data": [field.name for field in fields(DataConfig)],
     "train": [field.name for field in fields(TrainConfig)],
+    "parallel": [field.name for field in fields(ParallelConfig)],
 }
 _NAMES = [f"{table}.{name}".removeprefix(".") for table, names in _FIELDS.items() for name in names]
 
@@ -69,7 +79,7 @@ def apply_sets(mapping: Mapping[str, Any], sets: Iterable[str]) -> dict[str, Any
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Recipe:
-    """The recipe of tables [model] (a `preset` and what differs from it), [data], [train] and a top-level `name`.
+    """The recipe of tables [model] (a `preset` and what differs from it), [data], [train] and [parallel], and a `name`.
 
     Raises:
         ValueError: an unknown key (the nearest is named), a wrong type, or a value out of range; one line.

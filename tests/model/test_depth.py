@@ -55,6 +55,23 @@ def test_right_aligned_equals_budgets(row: dict) -> None:
 
 
 @every_kind
+def test_iterations_without_a_row_change_nothing(row: dict) -> None:
+    """Where the rows of another process are deeper; in values and gradients."""
+    model = build(row).train()
+    tokens, labels = tokens_for(model.config, 3, T), labels_for(model, 3)
+    key = Key(0, 0, torch.tensor([5, 3, 8]))
+    plans = (Depth.right_aligned([2, 3, 1]), Depth.right_aligned([2, 3, 1], 6), Depth.right_aligned([2, 3, 2], 6))
+    found = [model(tokens, n_loops=plan, key=key, trajectory=True) for plan in plans]
+    assert [len(state.rows) for state in found[1].trajectory] == [0, 0, 0, 1, 2, 3]
+    close(found[0].logits, found[1].logits)
+    first, second = (gradients(model, loss_of(model, out.logits, labels) + sum(out.aux.values())) for out in found[:2])
+    close_gradients(first, second)
+    if found[0].routing is not None:
+        assert torch.equal(found[0].routing.load, found[1].routing.load)
+    differ(found[0].logits, found[2].logits)
+
+
+@every_kind
 def test_each_sequence_as_alone(row: dict) -> None:
     model = build(row)
     tokens = tokens_for(model.config, 3, T)

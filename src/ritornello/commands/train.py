@@ -8,12 +8,15 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from ritornello.commands import INTEGER, Command, option
 from ritornello.config import require, require_int
-from ritornello.progress import Progress
+from ritornello.progress import Progress, process_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Command):
-    """Train a model as a recipe says. Metrics and checkpoints go to the run's directory."""
+    """Train a model as a recipe says. Metrics and checkpoints go to the run's directory.
+
+    torchrun --nproc-per-node N -m ritornello.cli train RECIPE: N processes share the work, as [parallel] says.
+    """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE", help="The name of a shipped recipe, or a TOML file.")]
     out: Annotated[Path | None, option("The run's directory. Default: runs/NAME.", metavar="DIR")] = None
@@ -32,13 +35,15 @@ class Train(Command):
         mapping = recipes.read_toml(recipes.find(self.recipe))
         recipe = recipes.from_mapping(recipes.apply_sets(mapping, [item for group in self.set for item in group]))
         out = self.out or _default_out(recipe.name)
-        check_output(out, resume=self.resume)
+        first = process_rank() == 0  # of those that torchrun started: it speaks, and makes the run's directory
+        if first:
+            check_output(out, resume=self.resume)
         require_int("--profile", self.profile, 0)
 
         from ritornello.device import fallbacks, pick_device
         from ritornello.train.trainer import train
 
-        with Progress(recipe.train.steps, quiet=self.common.quiet) as progress:
+        with Progress(recipe.train.steps, quiet=self.common.quiet or not first) as progress:
             for said in fallbacks(pick_device(self.device)):
                 progress.note(said)
             train(
@@ -52,9 +57,10 @@ class Train(Command):
                 other_data=self.other_data,
                 profile=self.profile,
             )
-            if not self.common.quiet:
+            if first and not self.common.quiet:
                 progress.note(_used(out))
-        print(out)
+        if first:
+            print(out)
 
 
 def _default_out(name: str) -> Path:

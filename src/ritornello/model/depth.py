@@ -33,16 +33,16 @@ class Depth:
         return Depth(n_loops)
 
     @staticmethod
-    def right_aligned(counts: Sequence[int] | np.ndarray) -> "Depth":
-        """counts: integers on the host, (B,) by sequence, or (B, T) constant within each document of packed rows."""
+    def right_aligned(counts: Sequence[int] | np.ndarray, deepest: int = 0) -> "Depth":
+        """counts: integers on the host, (B,) by sequence, or (B, T) constant within each document of packed rows.
+        deepest: the largest, where other processes have more rows: the first iterations may then run none."""
         loops = np.asarray(counts)
         require(loops.ndim in (1, 2) and loops.size > 0, "n_loops", loops.shape, "of shape (B,) or (B, T)")
         _check_budgets(loops.dtype.kind in "iu", int(loops.min()), int(loops.max()))
-        deepest = int(loops.max())
+        deepest = max(deepest, int(loops.max()))
         if int(loops.min()) == deepest:
             return Depth(deepest)
-        loops = loops.reshape(len(loops), -1)
-        by_row = loops.max(1)
+        by_row = (loops := loops.reshape(len(loops), -1)).max(1)
         order = np.argsort(-by_row, kind="stable")
         sizes = tuple(int((by_row >= deepest - i).sum()) for i in range(deepest))
         return Depth(deepest, torch.from_numpy(order), sizes, torch.from_numpy(deepest - loops[order]))

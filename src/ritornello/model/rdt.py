@@ -207,7 +207,7 @@ class RecurrentDepthTransformer(nn.Module):
         for i in range(depth.n_iterations):
             with torch.set_grad_enabled(gradients and i >= first):
                 m = depth.rows(i, e.shape[0])
-                if m > started:
+                if state is None or m > started:
                     new = slice(started, m)
                     joining = self.start(e[new], context.select(new), rows[new], run)
                     state, started = joining if state is None else state.join(joining), m

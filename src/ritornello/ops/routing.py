@@ -28,7 +28,7 @@ def balance_loss(indices: Tensor, scores: Tensor, masks: Sequence[Tensor | None]
     chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
     frequency = chosen.sum(1) * (scores.shape[-1] / indices.shape[-1]) / n_tokens
     probability = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / n_tokens
-    return (frequency * probability).sum(-1).mean()
+    return (frequency * probability).sum() / max(1, len(scores))
 
 
 Chosen = tuple[int | Tensor, list[Tensor], Sequence[Tensor | None]]  # of a pass, see `expert_load`

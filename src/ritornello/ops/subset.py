@@ -27,7 +27,7 @@ class Subset:
         shape = (running.shape[0], n_tokens)
         running = running.expand(shape)
         counts = running.sum(1).tolist()
-        most = max(*counts, 1)
+        most = max([1, *counts])
         rows = [row for row, count in enumerate(counts) if count] or [0]
         if len(rows) * most > WORTH * running.numel():
             return None

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from ritornello import recipes
 from ritornello.config import Recipe, require_int
-from ritornello.train import files, tensors
+from ritornello.train import files, parallel, tensors
 from ritornello.train.runs import CHECKPOINTS, CONFIG
 from ritornello.train.tokenizer import MAX_BYTES
 
@@ -112,11 +112,16 @@ def save(
         git_commit=_git_commit(),
         files={name: FileRecord(size=len(data), sha256=_sha256(data)) for name, data in contents.items()},
     )
-    directory = Path(run_dir, CHECKPOINTS, f"step_{step:06d}")
-    if not _holds(directory, manifest):
-        _write(directory, contents | {MANIFEST: sealed(asdict(manifest))})
-    _purge(directory, keep)
-    return directory
+    target = path_of(run_dir, step)
+    if not _holds(target, manifest):
+        _write(target, contents | {MANIFEST: sealed(asdict(manifest))})
+    _purge(target, keep)
+    return target
+
+
+def path_of(run_dir: str | Path, step: int) -> Path:
+    """Where a run's checkpoint of a step lies."""
+    return Path(run_dir, CHECKPOINTS, f"step_{step:06d}")
 
 
 def verify(directory: str | Path) -> Manifest:
@@ -232,7 +237,7 @@ def restore_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, state:
         optimizer, group, parameter = owners[owner]
         if isinstance(value, Tensor):  # torch keeps step counters on the CPU unless the kernel reads them
             on_device = value.ndim > 0 or group.get("fused") or group.get("capturable")
-            value = value.to(parameter.device if on_device else "cpu", copy=True)
+            value = parallel.like(value.to(parameter.device if on_device else "cpu", copy=True), parameter)
         optimizer.state[parameter][key] = value
 
 

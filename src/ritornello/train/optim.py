@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from ritornello.config import TrainConfig
+from ritornello.train.parallel import is_spread
 
 Group = Literal["muon", "decay", "no_decay"]  # Muon; AdamW with and without weight decay
 
@@ -55,9 +56,9 @@ def build_optimizers(model: nn.Module, train: TrainConfig) -> list[Optimizer]:
     """
     table = groups(model, train)
     adamw = [
-        _group(name, table[name], lr=train.lr, weight_decay=train.weight_decay if name == "decay" else 0.0)
+        _group(name, members, lr=train.lr, weight_decay=train.weight_decay if name == "decay" else 0.0)
         for name in ("decay", "no_decay")
-        if table[name]
+        for members in _apart(table[name])
     ]
     optimizers: list[Optimizer] = []
     if adamw:
@@ -78,6 +79,12 @@ def set_learning_rate(optimizers: Iterable[Optimizer], scale: float) -> None:
 def _group(name: Group, members: dict[str, nn.Parameter], *, lr: float, weight_decay: float) -> dict[str, Any]:
     parameters = list(members.items())  # with names, so that an optimizer's state can be told apart in a checkpoint
     return {"params": parameters, "name": name, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
+
+
+def _apart(members: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Those that are spread over processes and those that aren't: no kernel takes both at once."""
+    parts = ({name: p for name, p in members.items() if is_spread(p) == spread} for spread in (False, True))
+    return [part for part in parts if part]
 
 
 def _can_fuse(model: nn.Module) -> bool:

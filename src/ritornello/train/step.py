@@ -17,6 +17,7 @@ from ritornello.train import depth, losses
 from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.guard import Limits
 from ritornello.train.optim import set_learning_rate
+from ritornello.train.parallel import ALONE, World, clip_gradients
 from ritornello.train.router import update_router_bias
 from ritornello.train.schedule import learning_rate_scale, router_bias_rate
 
@@ -65,8 +66,9 @@ def train_step(
     train: TrainConfig,
     step: int,
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    world: World = ALONE,
 ) -> dict[str, Tensor | float]:
-    """Update `model` in place from one global batch; `step` counts from 0.
+    """Update `model` in place from one global batch, of which each process reads a part; `step` counts from 0.
 
     Returns metrics, some still on the device: `loss` in nats per token, every auxiliary loss by name, `grad_norm`
     before clipping, `lr`, `mean_loops`, and of the router `router_violation`, `router_entropy`.
@@ -79,10 +81,10 @@ def train_step(
     for parameter in model.parameters():
         parameter.grad = None
     plan = Plan.of(batch, train, step)
-    terms, load = accumulate(model, plan, train)
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
-    grad_norm, *values = torch.stack([norm.float(), *terms.values()]).tolist()
+    terms, load = accumulate(model, plan, train, world)
+    world.finish_gradients(model)
+    norm = clip_gradients(model.parameters(), train.clip_norm)
+    grad_norm, *values = torch.stack([norm.float(), *world.total(torch.stack([*terms.values()]))]).tolist()
     measured = dict(zip(terms, values, strict=True))
     loss = measured.pop("next_token")
     limits.check(step, batch.indices.tolist(), loss, grad_norm, list(measured.values()))
@@ -98,22 +100,31 @@ def train_step(
 
 
 def accumulate(
-    model: RecurrentDepthTransformer, plan: Plan, train: TrainConfig
+    model: RecurrentDepthTransformer, plan: Plan, train: TrainConfig, world: World = ALONE
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Add up the gradients of all micro-batches; returns the loss terms and the experts' load (n_loops, R, E)."""
+    """Add up the gradients of all micro-batches; returns this process' share of the loss terms, and the experts' load
+    (n_loops, R, E) of all."""
     table = losses.weights(model.config, train)
     terms: dict[str, Tensor] = {}
     load = None
     for rows in _slices(len(plan.batch.tokens), train.microbatch_size):
-        micro_terms, micro_load = _micro_step(model, plan, train, rows, table)
+        deepest = int(plan.counts[rows].max())
+        micro_terms, micro_load = _micro_step(model, plan, train, world.part(rows), deepest, table)
         terms = {name: terms[name] + value if terms else value for name, value in micro_terms.items()}
         load = micro_load if load is None or micro_load is None else load + micro_load
-    return terms, load
+    return terms, None if load is None else world.total(load)
 
 
 def _micro_step(
-    model: RecurrentDepthTransformer, plan: Plan, train: TrainConfig, rows: slice, table: dict[str, float]
+    model: RecurrentDepthTransformer,
+    plan: Plan,
+    train: TrainConfig,
+    rows: slice,
+    deepest: int,
+    table: dict[str, float],
 ) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Of `rows` of the batch; `deepest`: the loops of the micro-batch that they are this process' part of, which every
+    process runs, with no row where it has none."""
     device = model.norm.weight.device
     tokens, labels, sequences = (
         to_device(array[rows], device) for array in (plan.batch.tokens, plan.batch.labels, plan.batch.indices)
@@ -123,7 +134,7 @@ def _micro_step(
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
         out = model(
             tokens,
-            n_loops=Depth.right_aligned(plan.counts[rows]),
+            n_loops=Depth.right_aligned(plan.counts[rows], deepest),
             documents=documents,
             backprop_loops=train.backprop_loops,
             checkpoint=train.checkpoint_activations,

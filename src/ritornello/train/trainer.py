@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ritornello import recipes
-from ritornello.config import DataConfig, ModelConfig, Recipe, default_exit, require, require_int, shown
+from ritornello.config import DataConfig, ModelConfig, Recipe, TrainConfig, default_exit, require, require_int, shown
 from ritornello.device import peak_memory, pick_device, reset_peak_memory
 from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.train import checkpoint, files, tensors
+from ritornello.train import checkpoint, files, parallel, tensors
 from ritornello.train.data import NO_LABEL, Batch, Batches, Rows, prepare
 from ritornello.train.evaluate import Evaluation, evaluate
 from ritornello.train.guard import Guard, Seen, SkippedStepError
@@ -64,39 +64,52 @@ def train(
         InterruptedRunError: Ctrl-C or SIGTERM came; the step was finished and saved.
     """
     out, config = Path(out), recipe.train
-    target = pick_device(device)
     require_packages(config)
-    cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
-    dataset = prepare(recipe.data, cache, offline=offline, progress=data_progress)
-    _check_vocabulary(recipe, dataset)
-    model = RecurrentDepthTransformer(recipe.model, seed=config.seed)
-    files.make_directory(out)
-    keep, background = config.keep_checkpoints, config.save_in_background
-    with files.lock(out), stop_request() as request, Saver(out, keep=keep, background=background) as saver:
-        found = checkpoint.latest(out)
-        require(resume or found is None, "out", str(out), "a directory without a run", "resume it, or choose another")
-        if found is None and config.warm_start:
-            warm_start(model, config.warm_start, tokenizer_json=dataset.tokenizer.to_json())
-        model.to(target).train()
-        reset_peak_memory(target)
-        trainer = Trainer(recipe, dataset, model, build_optimizers(model, config), saver)
-        if found is not None:
-            trainer.restore(checkpoint.load(found), other_data=other_data)
-            ok = trainer.step <= config.steps
-            require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
-        with ExitStack() as stack, profiling(out, profile) as step_done:
-            watching = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
-            trainer.observers = [*watching, *filter(None, [observer])]
-            files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
-            while trainer.step < config.steps:
-                trainer.advance()
-                step_done()
-                if request.signum is not None and trainer.step < config.steps:
-                    trainer.save()
-                    raise InterruptedRunError(f"interrupted after step {trainer.step}; saved in {saver.wait()}")
-        saved = saver.wait()
-        assert saved is not None
-        return saved
+    with parallel.world(recipe.parallel, pick_device(device)) as world:
+        target, main = world.device, world.rank == 0
+        _check_parts(config, world)
+        cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
+        dataset = prepare(recipe.data, cache, offline=offline, progress=data_progress)
+        _check_vocabulary(recipe, dataset)
+        model = RecurrentDepthTransformer(recipe.model, seed=config.seed)
+        keep, background = config.keep_checkpoints, config.save_in_background
+        with _claimed(out, world), stop_request() as request, Saver(out, keep=keep, background=background) as saver:
+            found = checkpoint.latest(out)
+            ok = resume or found is None
+            require(ok, "out", str(out), "a directory without a run", "resume it, or choose another")
+            if found is None and config.warm_start:
+                warm_start(model, config.warm_start, tokenizer_json=dataset.tokenizer.to_json())
+            model.to(target).train()
+            world.shard(model, recipe.parallel)
+            reset_peak_memory(target)
+            trainer = Trainer(recipe, dataset, model, build_optimizers(model, config), saver, world)
+            if found is not None:
+                trainer.restore(checkpoint.load(found), other_data=other_data)
+                ok = trainer.step <= config.steps
+                require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
+            with ExitStack() as stack, profiling(out, profile if main else 0) as step_done:
+                if main:
+                    watching = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
+                    trainer.observers = [*watching, *filter(None, [observer])]
+                    files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
+                while trainer.step < config.steps:
+                    trainer.advance()
+                    step_done()
+                    if world.any(request.signum is not None) and trainer.step < config.steps:
+                        trainer.save()
+                        raise InterruptedRunError(f"interrupted after step {trainer.step}; saved in {trainer.saved()}")
+            return trainer.saved()
+
+
+@contextmanager
+def _claimed(out: Path, world: parallel.World) -> Iterator[None]:
+    """The run's directory, held by the first process for all of them."""
+    with ExitStack() as stack:
+        if world.rank == 0:
+            files.make_directory(out)
+            stack.enter_context(files.lock(out))
+        world.wait()
+        yield
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,7 @@ class Trainer:
     model: RecurrentDepthTransformer
     optimizers: Sequence[Optimizer]
     saver: Saver
+    world: parallel.World = parallel.ALONE
     observers: Sequence[Observer] = ()
     step: int = 0
     _tokens: int = 0  # and seconds, since the last log line
@@ -149,7 +163,12 @@ class Trainer:
     def _try(self, batch: Batch) -> dict[str, Tensor | float] | None:
         """The step's metrics; None where it was left out."""
         try:
-            how: Any = {"train": self.recipe.train, "step": self.step, "limits": self.guard.limits()}
+            how: Any = {
+                "train": self.recipe.train,
+                "step": self.step,
+                "limits": self.guard.limits(),
+                "world": self.world,
+            }
             measured = train_step(self.model, self.optimizers, batch, **how)
         except SkippedStepError as error:
             self.guard.skipped(error)
@@ -167,19 +186,31 @@ class Trainer:
         rows = Rows(self.dataset.validation, **self._row_settings)
         size = config.batch_size // config.accumulation
         batches = rows.evaluation(size, config.eval_batches * config.accumulation)
-        return evaluate(self.model, batches, loops=config.eval_loops, exit=exit, bf16=config.precision == "bf16")
+        how: Any = {"loops": config.eval_loops, "exit": exit, "bf16": config.precision == "bf16"}
+        with self.world.gathered(self.model):  # every process reads the same, so that all stop after the same loop
+            return evaluate(self.model, batches, **how)
 
     def save(self) -> None:
         """A checkpoint of this moment."""
+        model_state = parallel.gathered(self.model.state_dict())
+        optimizer_state = parallel.gathered(checkpoint.flatten_optimizers(self.optimizers, self.model))
+        if self.world.rank:
+            return
         self.saver.save(
             step=self.step,
-            model_state=self.model.state_dict(),
+            model_state=model_state,
             recipe=self.recipe,
             tokenizer_json=self.dataset.tokenizer.to_json(),
-            optimizer_state=checkpoint.flatten_optimizers(self.optimizers, self.model),
+            optimizer_state=optimizer_state,
             trainer_state={"step": self.step, "guard": self.guard.state()},
             fingerprint=self.dataset.fingerprint,
         )
+
+    def saved(self) -> Path:
+        """The last checkpoint, once it is on the disk."""
+        path = self.saver.wait()
+        self.world.wait()
+        return path or checkpoint.path_of(self.saver.run_dir, self.step)
 
     def restore(self, found: checkpoint.Checkpoint, *, other_data: bool) -> None:
         """Continue from `found`. The [train] settings may differ: they then hold from here on."""
@@ -189,13 +220,14 @@ class Trainer:
             _require_same("data", found.recipe.data, self.recipe.data, remedy)
             ok = found.manifest.fingerprint == self.dataset.fingerprint
             require(ok, "data fingerprint", self.dataset.fingerprint, f"{found.manifest.fingerprint}", remedy)
-        tensors.check(found.model_state, self.model.state_dict(), found.directory / checkpoint.MODEL)
+        own = self.model.state_dict()
+        tensors.check(found.model_state, own, found.directory / checkpoint.MODEL)
         optimizer_state, saved = checkpoint.training_state(found)
         try:
             state = recipes.validated(State, saved)
         except ValueError as error:
             raise ValueError(f"{found.directory / checkpoint.STATE}: trainer: {error}") from None
-        self.model.load_state_dict(found.model_state)
+        self.model.load_state_dict({name: parallel.like(x, own[name]) for name, x in found.model_state.items()})
         checkpoint.restore_optimizers(self.optimizers, self.model, optimizer_state)
         self.guard.restore(state.guard)
         self.step, self.saver.newest = state.step, found.directory
@@ -228,7 +260,8 @@ class Trainer:
         config, batches = self.recipe.train, self._batches
         micro = slice(config.microbatch_size or config.batch_size)
         after = (batches.batch(self.step + i, micro) for i in range(GATE_BATCHES))
-        self._report(fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed))
+        with self.world.gathered(self.model):
+            self._report(fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed))
 
     def _log(self, metrics: dict[str, float], batch: Batch) -> None:
         bits = metrics["loss"] / math.log(2) * int((batch.labels != NO_LABEL).sum())
@@ -240,6 +273,17 @@ class Trainer:
     def _report(self, metrics: dict[str, float]) -> None:
         for observer in self.observers:
             observer.update(self.step, metrics)
+
+
+def _check_parts(config: TrainConfig, world: parallel.World) -> None:
+    size = config.microbatch_size or config.batch_size
+    ok = size % world.size == 0
+    require(
+        ok,
+        "train.microbatch_size" if config.microbatch_size else "train.batch_size",
+        size,
+        f"a multiple of the {world.size} processes",
+    )
 
 
 def _check_vocabulary(recipe: Recipe, dataset: Dataset) -> None:

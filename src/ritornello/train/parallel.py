@@ -1,0 +1,195 @@
+"""Processes that train one model together: who they are, what each reads, and what each holds.
+
+Batches are global and a function of (seed, step), so nobody sends data: each process reads its rows and divides by what
+the whole batch has. Gradients are then added up, never averaged, and every process ends up with the same step.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ritornello.config import ParallelConfig, require
+from ritornello.model.rdt import RecurrentDepthTransformer
+
+if TYPE_CHECKING:  # a second to import: one process alone does without
+    from torch.distributed.device_mesh import DeviceMesh
+
+REPLICATE, SHARD = "replicate", "shard"
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, this one being number `rank` of `size`. One alone is a world in which nothing is sent."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    mesh: "DeviceMesh | None" = None  # (replicate, shard)
+
+    def part(self, rows: slice) -> slice:
+        """Of rows of the global batch, those that this process reads."""
+        n = rows.stop - rows.start
+        assert n % self.size == 0, (rows, self.size)
+        start = rows.start + self.rank * (n // self.size)
+        return slice(start, start + n // self.size)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, said: bool) -> bool:
+        """Whether it is so in any process: what all of them then do."""
+        return said if self.size == 1 else bool(self.total(torch.tensor(int(said), device=self.device)))
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def shard(self, model: RecurrentDepthTransformer, config: ParallelConfig) -> None:
+        """Spread parameters, gradients and optimizer states over the processes of a group (FSDP2), a layer at a time.
+
+        `gather` says how often the looped layers are put together: "step": once, and held until gradients are known;
+        "loop": for each loop and again on the way back.
+        """
+        if self.mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        once = config.gather == "step"
+        for layers in (model.prelude_layers, model.coda_layers):
+            for layer in layers:
+                fully_shard(layer, mesh=self.mesh)
+        for layer in model.recurrent:
+            fully_shard(layer, mesh=self.mesh, reshard_after_forward=not once)
+            layer.set_reshard_after_backward(not once)  # pyrefly: ignore
+        fully_shard(model, mesh=self.mesh, ignored_params=set(replicated(model).values()))
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+    def finish_gradients(self, model: RecurrentDepthTransformer) -> None:
+        """After the backward pass: what every process holds whole is added up, what was put together is let go."""
+        if self.mesh is None:
+            return
+        for parameter in replicated(model).values():
+            if parameter.requires_grad and parameter.grad is not None:
+                self.total(parameter.grad)
+        for module in model.recurrent:
+            module.reshard()  # pyrefly: ignore
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """The model's own parameters, vocabulary and head among them, are whole; layers are as they run."""
+        if self.mesh is None:
+            yield
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(model, FSDPModule)
+        model.unshard()
+        try:
+            yield
+        finally:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+ALONE = World()
+
+
+@contextmanager
+def world(config: ParallelConfig, device: torch.device, *, timeout: float = 60) -> Iterator[World]:
+    """The processes that torchrun started; without it, this one alone.
+
+    timeout: seconds after which a process that does not answer is given up.
+
+    Raises:
+        ValueError: another number of processes than the recipe's layout has.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    shard = config.shard or max(1, size // config.replicate)
+    remedy = "torchrun --nproc-per-node N starts N; shard = 0 takes all that are left"
+    ok = config.replicate * shard == size
+    require(ok, "parallel", f"{config.replicate} x {shard}", f"as many processes as there are ({size})", remedy)
+    if size == 1:
+        yield World(device=device)
+        return
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    started = dist.is_initialized()  # by whoever calls
+    if not started:
+        dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=timeout))
+    try:
+        yield laid_out(config.replicate, shard, device)
+    finally:
+        if not started:
+            dist.destroy_process_group()
+
+
+def laid_out(replicate: int, shard: int, device: torch.device) -> World:
+    """The processes of the group that has been started, as `replicate` groups of `shard`."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+
+def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:
+    """What is too small to spread: scalars, and the halting head, which is fitted apart from all else."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 0 or name.startswith("halting.")
+    }
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients, wherever they lie, to a norm of at most `max_norm`; returns the norm before."""
+    trained = [p for p in parameters if p.grad is not None]
+    parts = [[p for p in trained if is_spread(p) == spread] for spread in (True, False)]
+    if not parts[0]:
+        return torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    norms = [
+        whole(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts if part
+    ]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for part in filter(None, parts):
+        torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+    return norm
+
+
+def is_spread(x: Any) -> bool:
+    """Whether this is a DTensor, of which each process holds a part."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x: Any) -> Any:
+    """A tensor put together from all processes, which all have to ask; anything else as it is."""
+    return x.full_tensor() if is_spread(x) else x
+
+
+def like(x: Tensor, parameter: Any) -> Tensor:
+    """The part of `x`, which every process has whole, that belongs beside this part of a parameter."""
+    if not is_spread(parameter) or x.ndim == 0:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def gathered(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: whole(value) for name, value in state.items()}

@@ -1,0 +1,98 @@
+"""Several processes do what one does: the same losses and parameters, the same runs, from the same checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ritornello import recipes
+from ritornello.train import checkpoint
+from ritornello.train.trainer import train
+from tests.dist.worker import KINDS, LONG, STEPS
+from tests.train.small import recipe
+
+pytestmark = pytest.mark.dist
+ROOT = Path(__file__).parent.parent.parent
+TIMEOUT = 240  # seconds
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """One launch for all cases: what its processes found, and the folder with their runs."""
+    folder = tmp_path_factory.mktemp(f"of-{request.param}")
+    given = recipe(folder, model={"halting": "gate"}, steps=8, save_every=4, eval_every=4, batch_size=8)
+    (folder / "recipe.json").write_text(recipes.to_json(given))
+    train(given, out=folder / "alone", cache_dir=folder)
+    train(replace(given, train=replace(given.train, steps=4)), out=folder / "alone first", cache_dir=folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(request.param)]
+    command += ["-m", "tests.dist.worker", str(folder / "results.json"), str(folder)]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-8000:]
+    train(given, out=folder / "together first", cache_dir=folder, resume=True)
+    yield json.loads((folder / "results.json").read_text()), folder
+
+
+@pytest.mark.parametrize("layout", ["shard", "loop", "replicate"])
+def test_a_step_is_that_of_one_process(launched: tuple[Any, Path], layout: str) -> None:
+    found = launched[0][layout]
+    assert len(found) == len(KINDS) + (len(LONG) if layout == "shard" else 0)
+    for name, (losses, parameters) in found.items():
+        most = 1e-9 if name.endswith(f", {STEPS}") else 1e-12
+        assert losses <= most and parameters <= most, (name, losses, parameters)
+
+
+def test_muon_takes_the_same_step_as_far_as_bfloat16_goes(launched: tuple[Any, Path]) -> None:
+    """Its iterates are in bfloat16, and products of parts are rounded otherwise."""
+    found = launched[0]["muon"]
+    assert len(found) > 10 and max(found.values()) < 0.1, found
+
+
+def test_weights_are_put_together_as_often_as_said(launched: tuple[Any, Path]) -> None:
+    """The looped layer once a step, or once for each loop and once on the way back; gradients once."""
+    found = launched[0]["gathers"]
+    for loops in (4, 8):
+        once, each = (found[gather][str(loops)] for gather in ("step", "loop"))
+        assert once == {"all_gather_single": 6, "reduce_scatter_single": 4}
+        assert each == {"all_gather_single": 5 + 2 * loops, "reduce_scatter_single": 4}
+
+
+def test_a_run_is_that_of_one_process(launched: tuple[Any, Path]) -> None:
+    """In float32: equal up to rounding, whoever began it and whoever went on."""
+    _, folder = launched
+    alone = checkpoint.load(folder / "alone")
+    for name in ("together", "alone first", "together first"):
+        found = checkpoint.load(folder / name)
+        assert found.manifest.step == 8
+        assert far(found.model_state, alone.model_state) < 5e-3  # Adam divides rounding by what is hardly more
+        assert metrics(folder / name).keys() == metrics(folder / "alone").keys()
+        for step, values in metrics(folder / "alone").items():
+            assert metrics(folder / name)[step]["loss"] == pytest.approx(values["loss"], rel=1e-4)
+    other = checkpoint.load(checkpoint.path_of(folder / "alone", 4))
+    assert far(other.model_state, alone.model_state) > 1e-2
+
+
+def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """By step, of those with a loss."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}

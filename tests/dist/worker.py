@@ -1,0 +1,126 @@
+"""What each of several processes does: all cases of one world size in one launch, for a launch takes seconds.
+
+python -m torch.distributed.run --nproc-per-node N -m tests.dist.worker RESULTS FOLDER
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from contextlib import ExitStack
+from typing import Any, get_args
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ritornello import recipes
+from ritornello.config import Gather, ParallelConfig
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import parallel
+from ritornello.train.optim import build_optimizers
+from ritornello.train.step import train_step
+from ritornello.train.trainer import train
+from tests.train.small import batch, model_config, train_config
+
+PLAIN: dict[str, Any] = {"lora_rank": 0, "loop_embedding": False, "ffn": "dense"}
+STEPS = 50
+KINDS: dict[str, dict[str, Any]] = {
+    "experts, tied": {"halting": "none"},
+    "gate, untied": {"halting": "gate", "tie_embeddings": False},
+    "act": {"halting": "act"},
+    "plain": {"halting": "none", "n_prelude_layers": 2, "n_recurrent_layers": 0, "n_coda_layers": 0} | PLAIN,
+    "streams, mla": {"halting": "kl", "carry_streams": 2, "attention": "mla"},
+    "idle experts": {"halting": "none", "n_experts": 64},
+}
+LONG = ("experts, tied", "act")
+
+
+def trained(
+    world: parallel.World, config: ParallelConfig, kind: str, *, steps: int, packed: bool, **settings: Any
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Metrics by step, and the whole state after the last."""
+    model = RecurrentDepthTransformer(model_config(**KINDS[kind])).double().train()
+    config_of_training = train_config(batch_size=8, balance_weight=1e-2, depth="uniform", min_loops=1, **settings)
+    world.shard(model, config)
+    optimizers = build_optimizers(model, config_of_training)
+    seen = []
+    for step in range(steps):
+        found = train_step(model, optimizers, batch(n=8, packed=packed, seed=step), train=config_of_training, step=step, world=world)
+        seen.append({name: float(value) for name, value in found.items()})
+    state = parallel.gathered(model.state_dict())
+    return seen, {name: value.clone() for name, value in state.items()}
+
+
+def difference(ours: dict[str, Tensor], alone: dict[str, Tensor]) -> float:
+    """The largest, by parameter relative to its own largest number."""
+    assert ours.keys() == alone.keys()
+    return max(float((ours[name] - x).abs().max() / x.abs().max().clamp(min=1e-3)) for name, x in alone.items())
+
+
+def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
+    """By kind and number of steps: how far losses and parameters are from one process' own."""
+    found = {}
+    for kind in KINDS:
+        for steps in (1, STEPS) if kind in LONG and config == ParallelConfig(shard=world.size) else (1,):
+            how: Any = {"steps": steps, "packed": kind != "plain"}  # packed: some rows have fewer tokens than others
+            ours, alone = (trained(w, config, kind, **how) for w in (world, parallel.ALONE))
+            losses = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours[0], alone[0], strict=True))
+            found[f"{kind}, {steps}"] = losses, difference(ours[1], alone[1])
+    return found
+
+
+def muon(world: parallel.World) -> dict[str, float]:
+    """By parameter that Muon moves, how far a step is from one process' own, as a share of its length."""
+    how: Any = {"packed": True, "optimizer": "muon", "muon_lr": 0.02}
+    kind, before = "experts, tied", RecurrentDepthTransformer(model_config(**KINDS["experts, tied"])).double().state_dict()
+    ours, alone = (trained(w, ParallelConfig(), kind, steps=1, **how)[1] for w in (world, parallel.ALONE))
+    names = [name for name, x in alone.items() if name.endswith("proj.weight")]
+    return {name: float((ours[name] - alone[name]).norm() / (alone[name] - before[name]).norm()) for name in names}
+
+
+def gathers(world: parallel.World, gather: Gather) -> dict[str, dict[str, int]]:
+    """How often a step puts weights together, and adds gradients up, by number of loops."""
+    found = {}
+    for loops in (4, 8):
+        train = train_config(batch_size=8, depth="fixed", mean_loops=loops, max_loops=8)
+        model = RecurrentDepthTransformer(model_config(halting="none")).train()
+        world.shard(model, ParallelConfig(gather=gather))
+        optimizers = build_optimizers(model, train)
+        with ExitStack() as stack:
+            names = ("all_gather_single", "reduce_scatter_single")
+            counted = {name: stack.enter_context(mock.patch.object(dist, name, wraps=getattr(dist, name))) for name in names}
+            train_step(model, optimizers, batch(n=8), train=train, step=0, world=world)
+            found[str(loops)] = {name: calls.call_count for name, calls in counted.items()}
+    return found
+
+
+def whole_run(folder: Path) -> None:
+    """A run of all processes; one that goes on where one process stopped; half a run for one process to go on with."""
+    given = recipes.read_json(folder / "recipe.json")
+    short = replace(given, train=replace(given.train, steps=given.train.steps // 2))
+    train(given, out=folder / "together", cache_dir=folder)
+    train(given, out=folder / "alone first", cache_dir=folder, resume=True)
+    train(short, out=folder / "together first", cache_dir=folder)
+
+
+def main() -> None:
+    results: dict[str, Any] = {}
+    size, cpu = int(os.environ["WORLD_SIZE"]), torch.device("cpu")
+    layouts = {"shard": (1, size, "step"), "loop": (1, size, "loop"), "replicate": (size, 1, "step")}
+    with parallel.world(ParallelConfig(), cpu):
+        whole_run(Path(sys.argv[2]))
+        for name, (replicate, shard, gather) in layouts.items():
+            config = ParallelConfig(replicate=replicate, shard=shard, gather=gather)
+            results[name] = equality(parallel.laid_out(replicate, shard, cpu), config)
+        everyone = parallel.laid_out(1, size, cpu)
+        results["muon"] = muon(everyone)
+        results["gathers"] = {gather: gathers(everyone, gather) for gather in get_args(Gather)}
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
