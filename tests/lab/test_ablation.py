@@ -77,7 +77,7 @@ def test_models_are_shared_with_the_other_experiments() -> None:
         name: {each.name for each in EXPERIMENTS[name].cells("full")}
         for name in ("depth-extrapolation", "routing", "ablation")
     }
-    assert len(shared["routing"] & shared["ablation"]) == 12 and len(shared["ablation"]) == 54
+    assert len(shared["routing"] & shared["ablation"]) == 12 and len(shared["ablation"]) == 9 * (3 + 5)
     assert len(shared["depth-extrapolation"] & shared["ablation"] & shared["routing"]) == 3
 
 
@@ -98,7 +98,8 @@ def test_on_text_each_arm_changes_what_its_name_says() -> None:
     on_chains = {arm: changed(tiny(arm), tiny(MODEL)) for arm in EVERY}
     on_chains["article-no-injection"] -= {"initial_state"}  # every loop starts from e here
     assert {arm: changed(each, of[MODEL]) for arm, each in of.items()} == on_chains
-    assert all(each.train == of[MODEL].train for each in of.values())
+    tuned = {arm: text_arms.OTHER_RATES.get(arm, text_arms.ARTICLE_LR) for arm in EVERY}
+    assert all(each.train == replace(of[MODEL].train, lr=tuned[arm]) for arm, each in of.items())
     looped = text_arms.cell("rdt", seed=0)
     assert of[MODEL].train == replace(looped.train, steps=ablation.TEXT_STEPS, lr=text_arms.ARTICLE_LR)
     assert {"input_init", "initial_state", "dim", "n_heads"}.isdisjoint(changed(looped, of[MODEL]))
@@ -121,7 +122,7 @@ def test_text_is_measured_judged_and_shown(tmp_path: Path, monkeypatch: pytest.M
 
 def text_made_up(bits: dict[str, float], trigram: float = 2.6) -> list[Row]:
     rows: list[Row] = []
-    for seed in range(3):
+    for seed in range(5):
         for arm in EVERY:
             base = {"task": "text", "model": arm, "seed": seed, "total": 1, "loops": 4}
             rows.append(base | {"metric": "bpb", "value": bits.get(arm, 2.2) + 0.001 * seed})
@@ -138,8 +139,16 @@ def test_fewer_bits_are_better() -> None:
     }
     assert said["coda"] == (YES, "does not hold") and said["LoRA"] == ("does not hold", YES)
     assert said["halting"] == ("does not hold", "does not hold")
-    assert said["prelude"] == ("inconclusive", "inconclusive")  # worse than trigrams
+    assert said["prelude"] == (YES, "inconclusive")  # worse than trigrams without
     assert set(outcomes(text_made_up(without, trigram=2.1)).values()) == {"inconclusive"}
+
+
+def test_an_arm_that_is_not_finite_is_shown_and_not_judged() -> None:
+    rows = text_made_up({})
+    for row in rows:
+        row["value"] = None if row["model"] == "article-no-lora" else row["value"]
+    found = [verdict for verdict in Ablation().judge(rows) if verdict.claim.startswith("LoRA")]
+    assert {verdict.outcome for verdict in found} == {"inconclusive"} and "– ()" in found[0].evidence
 
 
 def made_up(training: dict[str, float], beyond: dict[str, float], reached: dict[str, int]) -> list[Row]:

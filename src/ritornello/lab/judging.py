@@ -89,6 +89,8 @@ def listed(values: Sequence[float], digits: int = 2) -> str:
 
 def shown(values: Sequence[float]) -> str:
     """mean ± sd over seeds"""
+    if not values:
+        return "–"
     found = summarise(values)
     return f"{found.mean:.3f}" + (f" ± {found.sd:.3f}" if found.n > 1 else "")
 

@@ -105,6 +105,7 @@ TEXT_ARMS: Mapping[str, Arm] = {
 
 # Of chains alone: there a carry as large as the others' drowns what loop and coda write (experiments/LOG.md, entry 5).
 ELSEWHERE = "input_init", "initial_state"
+OTHER_RATES = {"article-dense-active": LOOPED_LR}  # the better of two
 
 
 def article(arm: str) -> Arm:
@@ -113,7 +114,7 @@ def article(arm: str) -> Arm:
     chosen = ARMS[arm]
     named = {name: value for name, value in chosen.model.items() if name not in ELSEWHERE}
     model = {"n_loops": READING.max_loops, "halting": "gate"} | named
-    return replace(chosen, model=model, train={"lr": ARTICLE_LR})
+    return replace(chosen, model=model, train={"lr": OTHER_RATES.get(arm, ARTICLE_LR)})
 
 
 def cell(arm: str, *, seed: int, **changes: Any) -> Cell:
