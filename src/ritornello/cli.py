@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ritornello import __version__
-from ritornello.config import DataConfig, ModelConfig, TrainConfig, require_choice, shown
+from ritornello.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig, require_choice, shown
 
 if TYPE_CHECKING:
     from ritornello.commands import Command
@@ -133,7 +133,7 @@ def unknown_argument(kind: type["Command"], verb: str, token: str) -> str:
 
     name = token.partition("=")[0]
     setting = name.removeprefix("--").replace("-", "_")
-    tables = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    tables = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "parallel": ParallelConfig}
     tables_with = [table for table, config in tables.items() if setting in {field.name for field in fields(config)}]
     options = [option_name(field.name) for field in (*fields(kind), *fields(Common))]
     near = get_close_matches(name, options, n=1)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def process_rank() -> int:
     """Which of the processes that torchrun started this is; the first one speaks for all."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def shown_metric(value: float) -> str:

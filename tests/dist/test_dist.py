@@ -16,7 +16,7 @@ from torch import Tensor
 from ritornello import recipes
 from ritornello.train import checkpoint
 from ritornello.train.trainer import train
-from tests.dist.worker import KINDS, LONG, STEPS
+from tests.dist.worker import KINDS, LONG, SETTINGS, STEPS
 from tests.train.small import recipe
 
 pytestmark = pytest.mark.dist
@@ -51,10 +51,10 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("layout", ["shard", "loop", "replicate"])
 def test_a_step_is_that_of_one_process(launched: tuple[Any, Path], layout: str) -> None:
     found = launched[0][layout]
-    assert len(found) == len(KINDS) + (len(LONG) if layout == "shard" else 0)
-    for name, (losses, parameters) in found.items():
+    assert len(found) == len(KINDS) + len(SETTINGS) + (len(LONG) if layout == "shard" else 0)
+    for name, (metrics, parameters) in found.items():
         most = 1e-9 if name.endswith(f", {STEPS}") else 1e-12
-        assert losses <= most and parameters <= most, (name, losses, parameters)
+        assert metrics <= most and parameters <= most, (name, metrics, parameters)
 
 
 def test_muon_takes_the_same_step_as_far_as_bfloat16_goes(launched: tuple[Any, Path]) -> None:

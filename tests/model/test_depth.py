@@ -69,6 +69,9 @@ def test_iterations_without_a_row_change_nothing(row: dict) -> None:
     if found[0].routing is not None:
         assert torch.equal(found[0].routing.load, found[1].routing.load)
     differ(found[0].logits, found[2].logits)
+    if not model.config.is_plain and model.config.halting != "act" and model.config.injection != "none":
+        cut = [model(tokens, n_loops=plan, key=key, backprop_loops=2) for plan in plans[:2]]
+        close_gradients(*(gradients(model, loss_of(model, out.logits, labels)) for out in cut))
 
 
 @every_kind

@@ -57,6 +57,16 @@ def test_paths_equal_the_definition(path: Callable, load: str) -> None:
     differ(path(x, gate_up, down, (indices + 1) % E, weights), run(experts_ref, inputs)[0], 1e-3)
 
 
+@pytest.mark.parametrize("path", [experts_slotted, experts_gathered, experts], ids=lambda f: f.__name__)
+def test_no_token_is_no_output(path: Callable) -> None:
+    x, gate_up, down, weights, indices = case("even")
+    none = (x[:0].detach().requires_grad_(), gate_up, down, weights[:0].detach().requires_grad_(), indices[:0])
+    y, *gradients = run(path, none)
+    assert y.shape == (0, D) and all(not gradient.any() for gradient in gradients)
+    with torch.no_grad():
+        assert path(none[0], gate_up, down, indices[:0], none[3]).shape == (0, D)
+
+
 @pytest.mark.parametrize(
     ("n", "gradients", "dtype", "wanted"),
     [

@@ -1,5 +1,6 @@
 """ritornello train"""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,8 @@ class Train(Command):
         first = process_rank() == 0  # of those that torchrun started: it speaks, and makes the run's directory
         if first:
             check_output(out, resume=self.resume)
+        else:
+            logging.getLogger("ritornello").setLevel(logging.ERROR)
         require_int("--profile", self.profile, 0)
 
         from ritornello.device import fallbacks, pick_device

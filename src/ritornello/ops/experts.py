@@ -90,7 +90,7 @@ class _Sorted:
         n, k = weights.shape
         inverse = torch.empty_like(self.order)
         inverse[self.order] = torch.arange(n * k, device=y.device)
-        return torch.bmm(weights.to(y.dtype)[:, None], y[inverse].view(n, k, -1)).squeeze(1)
+        return torch.bmm(weights.to(y.dtype)[:, None], y[inverse].view(n, k, y.shape[1])).squeeze(1)
 
 
 def experts_grouped(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def experts_gathered(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, 
     chosen = indices.flatten()
     rows = x.repeat_interleave(indices.shape[1], 0)[:, None]
     hidden = swiglu(torch.bmm(rows, gate_up[chosen].transpose(1, 2)))
-    y = torch.bmm(hidden, down[chosen].transpose(1, 2)).view(*indices.shape, -1)
+    y = torch.bmm(hidden, down[chosen].transpose(1, 2)).view(*indices.shape, x.shape[1])
     return torch.bmm(weights.to(y.dtype)[:, None], y).squeeze(1)
 
 
@@ -263,6 +263,8 @@ def experts(
     elif torch.compiler.is_compiling():
         fused = not suits or (forward_only and n_pairs <= SHARED * n_experts)
         path = experts_fused if fused else experts_grouped
+    elif not n_pairs:  # a process whose sequences have not begun; grouped kernels refuse it
+        path = experts_slotted
     elif x.device.type == "cpu":
         copied = n_pairs * (gate_up[0].nbytes + down[0].nbytes)
         if forward_only and copied <= COPIED and x.dtype.itemsize >= 4:

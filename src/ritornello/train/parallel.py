@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # a second to import: one process alone does without
 
 REPLICATE, SHARD = "replicate", "shard"
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+PATIENCE = timedelta(minutes=30)  # with one that writes a checkpoint; one that died is noticed at once by its socket
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,33 @@ class World:
         """Until all are here."""
         if self.size > 1:
             dist.barrier()
+
+    @contextmanager
+    def first(self) -> Iterator[bool]:
+        """What the first process does for all, which wait for it: whether this is it. All fail where it fails.
+
+        Raises:
+            ValueError: in the others, where the first one's work raised what it says itself.
+        """
+        failed: BaseException | None = None
+        try:
+            yield self.rank == 0
+        except BaseException as error:  # noqa: BLE001 - raised again, once the others know
+            failed = error
+        if self.any(failed is not None) and failed is None:
+            raise ValueError("the first process failed: its own message says how")
+        if failed is not None:
+            raise failed
+
+    def same(self, what: str, *numbers: int) -> None:
+        """Raises ValueError if these numbers are others in another process."""
+        if self.size == 1:
+            return
+        mine = torch.tensor(numbers, device=self.device)
+        least, most = mine.clone(), mine.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        require(torch.equal(least, most), what, list(numbers), "the same in every process", "do all see the same disk?")
 
     def shard(self, model: RecurrentDepthTransformer, config: ParallelConfig) -> None:
         """Spread parameters, gradients and optimizer states over the processes of a group (FSDP2), a layer at a time.
@@ -89,6 +117,11 @@ class World:
         for module in model.recurrent:
             module.reshard()  # pyrefly: ignore
 
+    def share(self, module: nn.Module) -> None:
+        """What every process holds whole of `module` becomes the first one's."""
+        for parameter in module.parameters() if self.size > 1 else ():
+            dist.broadcast(parameter.data, 0)
+
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
         """The model's own parameters, vocabulary and head among them, are whole; layers are as they run."""
@@ -111,15 +144,14 @@ ALONE = World()
 
 
 @contextmanager
-def world(config: ParallelConfig, device: torch.device, *, timeout: float = 60) -> Iterator[World]:
+def world(config: ParallelConfig, device: torch.device) -> Iterator[World]:
     """The processes that torchrun started; without it, this one alone.
 
-    timeout: seconds after which a process that does not answer is given up.
-
     Raises:
-        ValueError: another number of processes than the recipe's layout has.
+        ValueError: another number of processes than the recipe's layout has, or no device for this one.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    started = dist.is_initialized()  # by whoever calls
+    size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
     shard = config.shard or max(1, size // config.replicate)
     remedy = "torchrun --nproc-per-node N starts N; shard = 0 takes all that are left"
     ok = config.replicate * shard == size
@@ -127,17 +159,29 @@ def world(config: ParallelConfig, device: torch.device, *, timeout: float = 60) 
     if size == 1:
         yield World(device=device)
         return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    started = dist.is_initialized()  # by whoever calls
+    device = _own(device)
     if not started:
-        dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=timeout))
+        where: Any = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group(BACKENDS[device.type], timeout=PATIENCE, **where)
     try:
         yield laid_out(config.replicate, shard, device)
     finally:
         if not started:
             dist.destroy_process_group()
+
+
+def _own(device: torch.device) -> torch.device:
+    """Of one kind of device, that of this process."""
+    require(device.type in BACKENDS, "device", device.type, "cpu or cuda with several processes")
+    if device.type == "cpu":
+        return device
+    require(device.index is None, "device", str(device), "cuda, without an index, with several processes")
+    index, n_devices = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    ok = index is not None and index.isdecimal() and int(index) < n_devices
+    require(ok, "LOCAL_RANK", index, f"a device's index, 0 to {n_devices - 1}", "torchrun sets it")
+    found = torch.device("cuda", int(index or 0))
+    torch.cuda.set_device(found)
+    return found
 
 
 def laid_out(replicate: int, shard: int, device: torch.device) -> World:
@@ -191,5 +235,12 @@ def like(x: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def gathered(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: whole(value) for name, value in state.items()}
+def gathered(state: Mapping[str, Any], *, keep: bool = True) -> dict[str, Any]:
+    """Every tensor whole, one after the other, on the host where it was spread. keep: False where this process only
+    helps the others."""
+    found = {}
+    for name, value in state.items():
+        tensor = whole(value).cpu() if is_spread(value) else value
+        if keep:
+            found[name] = tensor
+    return found

@@ -66,7 +66,7 @@ def train(
     out, config = Path(out), recipe.train
     require_packages(config)
     with parallel.world(recipe.parallel, pick_device(device)) as world:
-        target, main = world.device, world.rank == 0
+        target = world.device
         _check_parts(config, world)
         cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
         dataset = prepare(recipe.data, cache, offline=offline, progress=data_progress)
@@ -79,19 +79,21 @@ def train(
             require(ok, "out", str(out), "a directory without a run", "resume it, or choose another")
             if found is None and config.warm_start:
                 warm_start(model, config.warm_start, tokenizer_json=dataset.tokenizer.to_json())
-            model.to(target).train()
-            world.shard(model, recipe.parallel)
+            world.shard(model.train(), recipe.parallel)  # layer by layer: the whole may fit nowhere
+            model.to(target)
             reset_peak_memory(target)
             trainer = Trainer(recipe, dataset, model, build_optimizers(model, config), saver, world)
             if found is not None:
                 trainer.restore(checkpoint.load(found), other_data=other_data)
                 ok = trainer.step <= config.steps
                 require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
-            with ExitStack() as stack, profiling(out, profile if main else 0) as step_done:
-                if main:
-                    watching = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
-                    trainer.observers = [*watching, *filter(None, [observer])]
-                    files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
+            world.same("the step to go on from, and the data", trainer.step, int(dataset.fingerprint[:12], 16))
+            with ExitStack() as stack, profiling(out, 0 if world.rank else profile) as step_done:
+                with world.first() as first:
+                    if first:
+                        watching = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
+                        trainer.observers = [*watching, *filter(None, [observer])]
+                        files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
                 while trainer.step < config.steps:
                     trainer.advance()
                     step_done()
@@ -105,10 +107,10 @@ def train(
 def _claimed(out: Path, world: parallel.World) -> Iterator[None]:
     """The run's directory, held by the first process for all of them."""
     with ExitStack() as stack:
-        if world.rank == 0:
-            files.make_directory(out)
-            stack.enter_context(files.lock(out))
-        world.wait()
+        with world.first() as first:
+            if first:
+                files.make_directory(out)
+                stack.enter_context(files.lock(out))
         yield
 
 
@@ -184,33 +186,36 @@ class Trainer:
         if self._fits_gate and self.step < config.steps:
             exit = None  # its gate knows nothing yet
         rows = Rows(self.dataset.validation, **self._row_settings)
-        size = config.batch_size // config.accumulation
-        batches = rows.evaluation(size, config.eval_batches * config.accumulation)
+        n_batches = config.accumulation * self.world.size  # no more rows at once than in training
+        batches = rows.evaluation(config.batch_size // n_batches, config.eval_batches * n_batches)
         how: Any = {"loops": config.eval_loops, "exit": exit, "bf16": config.precision == "bf16"}
         with self.world.gathered(self.model):  # every process reads the same, so that all stop after the same loop
             return evaluate(self.model, batches, **how)
 
     def save(self) -> None:
         """A checkpoint of this moment."""
-        model_state = parallel.gathered(self.model.state_dict())
-        optimizer_state = parallel.gathered(checkpoint.flatten_optimizers(self.optimizers, self.model))
-        if self.world.rank:
-            return
-        self.saver.save(
-            step=self.step,
-            model_state=model_state,
-            recipe=self.recipe,
-            tokenizer_json=self.dataset.tokenizer.to_json(),
-            optimizer_state=optimizer_state,
-            trainer_state={"step": self.step, "guard": self.guard.state()},
-            fingerprint=self.dataset.fingerprint,
-        )
+        keep = self.world.rank == 0
+        model_state = parallel.gathered(self.model.state_dict(), keep=keep)
+        optimizer_state = checkpoint.flatten_optimizers(self.optimizers, self.model)
+        optimizer_state = parallel.gathered(optimizer_state, keep=keep)
+        with self.world.first() as first:
+            if first:
+                self.saver.save(
+                    step=self.step,
+                    model_state=model_state,
+                    recipe=self.recipe,
+                    tokenizer_json=self.dataset.tokenizer.to_json(),
+                    optimizer_state=optimizer_state,
+                    trainer_state={"step": self.step, "guard": self.guard.state()},
+                    fingerprint=self.dataset.fingerprint,
+                )
 
     def saved(self) -> Path:
         """The last checkpoint, once it is on the disk."""
-        path = self.saver.wait()
-        self.world.wait()
-        return path or checkpoint.path_of(self.saver.run_dir, self.step)
+        with self.world.first() as first:
+            path = self.saver.wait() if first else checkpoint.path_of(self.saver.run_dir, self.step)
+        assert path is not None
+        return path
 
     def restore(self, found: checkpoint.Checkpoint, *, other_data: bool) -> None:
         """Continue from `found`. The [train] settings may differ: they then hold from here on."""
@@ -258,10 +263,12 @@ class Trainer:
 
     def _fit_gate(self) -> None:
         config, batches = self.recipe.train, self._batches
-        micro = slice(config.microbatch_size or config.batch_size)
+        micro = slice((config.microbatch_size or config.batch_size) // self.world.size)
         after = (batches.batch(self.step + i, micro) for i in range(GATE_BATCHES))
         with self.world.gathered(self.model):
-            self._report(fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed))
+            found = fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed)
+        self.world.share(self.model.halting)
+        self._report(found)
 
     def _log(self, metrics: dict[str, float], batch: Batch) -> None:
         bits = metrics["loss"] / math.log(2) * int((batch.labels != NO_LABEL).sum())
