@@ -19,7 +19,7 @@ from ritornello.train.trainer import train
 from tests.dist.worker import KINDS, LONG, SETTINGS, STEPS
 from tests.train.small import recipe
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]  # one launch for each number of processes
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 240  # seconds
 
@@ -34,16 +34,14 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     train(replace(given, train=replace(given.train, steps=4)), out=folder / "alone first", cache_dir=folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(request.param)]
     command += ["-m", "tests.dist.worker", str(folder / "results.json"), str(folder)]
-    run = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-8000:]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said, _ = run.communicate(timeout=TIMEOUT)
+    finally:
+        run.terminate()  # and it, those that it started
+        run.wait()
+    assert run.returncode == 0, said[-8000:]
     train(given, out=folder / "together first", cache_dir=folder, resume=True)
     yield json.loads((folder / "results.json").read_text()), folder
 
