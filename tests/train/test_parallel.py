@@ -27,7 +27,11 @@ def test_one_process_is_a_world() -> None:
         model = RecurrentDepthTransformer(model_config())
         before = {name: id(p) for name, p in model.named_parameters()}
         found.shard(model, ParallelConfig())
-        found.wait()
+        with found.first() as first:
+            assert first
+        with pytest.raises(OSError, match="disk"), found.first():
+            raise OSError("disk")
+        found.same("steps", 3)
         with found.gathered(model):
             assert {name: id(p) for name, p in model.named_parameters()} == before
         x = torch.ones(3)

@@ -52,11 +52,6 @@ class World:
         """Whether it is so in any process: what all of them then do."""
         return said if self.size == 1 else bool(self.total(torch.tensor(int(said), device=self.device)))
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.size > 1:
-            dist.barrier()
-
     @contextmanager
     def first(self) -> Iterator[bool]:
         """What the first process does for all, which wait for it: whether this is it. All fail where it fails.
