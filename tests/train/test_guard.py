@@ -25,9 +25,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Iterable[int], factor: float 
     """In these steps every norm's output is multiplied by `factor`."""
     real, chosen = step.accumulate, frozenset(steps)
 
-    def accumulate(model: Any, plan: Any, settings: Any) -> Any:
+    def accumulate(model: Any, plan: Any, settings: Any, world: Any) -> Any:
         if plan.key[1] not in chosen:
-            return real(model, plan, settings)
+            return real(model, plan, settings, world)
         spoil = lambda module, inputs, out: out * factor if isinstance(module, RMSNorm) else None  # noqa: E731
         handle = torch.nn.modules.module.register_module_forward_hook(spoil)
         try:
