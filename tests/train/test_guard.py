@@ -31,7 +31,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Iterable[int], factor: float 
         spoil = lambda module, inputs, out: out * factor if isinstance(module, RMSNorm) else None  # noqa: E731
         handle = torch.nn.modules.module.register_module_forward_hook(spoil)
         try:
-            return real(model, plan, settings)
+            return real(model, plan, settings, world)
         finally:
             handle.remove()
 
