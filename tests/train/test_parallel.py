@@ -1,4 +1,4 @@
-"""One process is a world in which nothing is sent; what several do is in tests/dist."""
+"""One process is a world in which nothing is sent; what several do is in tests/distributed."""
 
 import copy
 
