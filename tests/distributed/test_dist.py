@@ -20,7 +20,7 @@ from tests.train.small import recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]  # one launch for each number of processes
 ROOT = Path(__file__).parent.parent.parent
-TIMEOUT = 240  # seconds
+TIMEOUT = 900  # seconds, beside other tests on two cores
 
 
 @pytest.fixture(scope="module", params=[2, 4])
