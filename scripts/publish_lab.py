@@ -66,8 +66,7 @@ CLAIMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         (
             "article model, hazard > 0.9: ",
             "ACT, mixture, cumulative > 0.99: ",
-            "ACT, last state, cumulative > 0.99: as accurate",
-            "ACT, last state, cumulative > 0.99: loops used",
+            "ACT, last state, cumulative > 0.99: ",
         ),
     ),
     (

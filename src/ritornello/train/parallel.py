@@ -37,10 +37,13 @@ class World:
 
     def part(self, rows: slice) -> slice:
         """Of rows of the global batch, those that this process reads."""
-        n = rows.stop - rows.start
-        assert n % self.size == 0, (rows, self.size)
-        start = rows.start + self.rank * (n // self.size)
-        return slice(start, start + n // self.size)
+        return self.parts(rows)[self.rank]
+
+    def parts(self, rows: slice) -> list[slice]:
+        """Of rows of the global batch, those of each process."""
+        n, left = divmod(rows.stop - rows.start, self.size)
+        assert not left, (rows, self.size)
+        return [slice(start, start + n) for start in range(rows.start, rows.stop, n)]
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -202,11 +205,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     parts = [[p for p in trained if is_spread(p) == spread] for spread in (True, False)]
     if not parts[0]:
         return torch.nn.utils.clip_grad_norm_(trained, max_norm)
-    norms = [
-        whole(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts if part
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    for part in filter(None, parts):
+    parts = [part for part in parts if part]
+    gradients = ([p.grad for p in part if p.grad is not None] for part in parts)
+    norm = torch.linalg.vector_norm(torch.stack([whole(torch.nn.utils.get_total_norm(some)) for some in gradients]))
+    for part in parts:
         torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
     return norm
 

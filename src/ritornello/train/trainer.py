@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -264,9 +264,7 @@ class Trainer:
     def _fit_gate(self) -> None:
         config, batches = self.recipe.train, self._batches
         rows = slice(0, config.microbatch_size or config.batch_size)
-        parts = [
-            replace(self.world, rank=rank).part(rows) for rank in range(self.world.size)
-        ]  # as large as in training
+        parts = self.world.parts(rows)  # no more at once than in training
         after = (batches.batch(self.step + i, part) for i in range(GATE_BATCHES) for part in parts)
         with self.world.gathered(self.model):
             found = fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed)
