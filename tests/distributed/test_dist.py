@@ -15,7 +15,7 @@ from torch import Tensor
 from ritornello import recipes
 from ritornello.train import checkpoint
 from ritornello.train.trainer import train
-from tests.distributed.worker import KINDS, LONG, SETTINGS, STEPS
+from tests.distributed.worker import KINDS, LONG, SABOTAGE, SETTINGS, STEPS, layouts
 from tests.train.small import recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]  # one launch for each number of processes
@@ -46,20 +46,29 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     yield json.loads((folder / "results.json").read_text()), folder
 
 
-@pytest.mark.parametrize("layout", ["shard", "loop", "replicate"])
+@pytest.mark.parametrize("layout", layouts(4))
 def test_a_step_is_that_of_one_process(launched: tuple[Any, Path], layout: str) -> None:
-    found = launched[0][layout]
-    long = len(LONG) if f"{LONG[0]}, {STEPS}" in found else 0  # of two processes, in one layout
-    assert len(found) == len(KINDS) + len(SETTINGS) + long
+    if layout not in launched[0]["steps"]:
+        pytest.skip("takes four processes")
+    found = launched[0]["steps"][layout]
+    long = len(LONG) if f"{LONG[0]}, {STEPS}" in found else 0  # of two processes, in some layouts
+    assert len(found) == len(KINDS) - ("plain" not in found) + len(SETTINGS) + long
     for name, (metrics, parameters) in found.items():
-        most = 1e-9 if name.endswith(f", {STEPS}") else 1e-12
+        # the gate's feature log KL makes of 1e-16 in a probability a relative 1e-11 where two loops hardly differ
+        most = 1e-9 if name.endswith(f", {STEPS}") else 1e-11 if name == "expected" else 1e-12
         assert metrics <= most and parameters <= most, (name, metrics, parameters)
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGE)
+def test_without_its_sum_a_step_is_another(launched: tuple[Any, Path], sabotage: str) -> None:
+    """A part of a gradient that is not added up shows."""
+    assert launched[0]["sabotage"][sabotage] > 1e-3
 
 
 def test_muon_takes_the_same_step_as_far_as_bfloat16_goes(launched: tuple[Any, Path]) -> None:
     """Its iterates are in bfloat16, and products of parts are rounded otherwise."""
-    found = launched[0]["muon"]
-    assert len(found) > 10 and max(found.values()) < 0.1, found
+    for found in launched[0]["muon"].values():
+        assert len(found) > 10 and max(found.values()) < 0.1, found
 
 
 def test_weights_are_put_together_as_often_as_said(launched: tuple[Any, Path]) -> None:

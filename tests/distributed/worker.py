@@ -25,6 +25,7 @@ from ritornello.train.step import train_step
 from ritornello.train.trainer import train
 from tests.train.small import batch, model_config, train_config
 
+HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 4}
 PLAIN: dict[str, Any] = {"lora_rank": 0, "loop_embedding": False, "ffn": "dense"}
 STEPS = 50
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ def trained(
     world: parallel.World, config: ParallelConfig, kind: str, *, steps: int, packed: bool, **settings: Any
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Metrics by step, and the whole state after the last."""
-    model = RecurrentDepthTransformer(model_config(**KINDS[kind])).double().train()
+    model = RecurrentDepthTransformer(model_config(**HEADS | KINDS[kind])).double().train()
     config_of_training = train_config(batch_size=8, balance_weight=1e-2, depth="uniform", min_loops=1, **settings)
     world.shard(model, config)
     optimizers = build_optimizers(model, config_of_training)
@@ -69,8 +70,9 @@ def difference(ours: dict[str, Tensor], alone: dict[str, Tensor]) -> float:
 
 def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
     """By kind and number of steps: how far metrics and parameters are from one process' own."""
-    long = [(f"{kind}, {STEPS}", kind, STEPS, {}) for kind in LONG if config == ParallelConfig(shard=2)]
-    cases = [(kind, kind, 1, {}) for kind in KINDS] + long
+    long = LONG if world.size == 2 and config.gather == "step" and config.replicate == 1 else ()
+    kinds = [kind for kind in KINDS if kind != "plain" or config.expert == 1]
+    cases = [(kind, kind, 1, {}) for kind in kinds] + [(f"{kind}, {STEPS}", kind, STEPS, {}) for kind in long]
     cases += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items()]
     found = {}
     for name, kind, steps, settings in cases:
@@ -86,14 +88,14 @@ def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
     return found
 
 
-def muon(world: parallel.World) -> dict[str, float]:
+def muon(world: parallel.World, config: ParallelConfig) -> dict[str, float]:
     """By parameter that Muon moves, how far a step is from one process' own, as a share of its length."""
     how: Any = {"packed": True, "optimizer": "muon", "muon_lr": 0.02}
     kind, before = (
         "experts, tied",
-        RecurrentDepthTransformer(model_config(**KINDS["experts, tied"])).double().state_dict(),
+        RecurrentDepthTransformer(model_config(**HEADS | KINDS["experts, tied"])).double().state_dict(),
     )
-    ours, alone = (trained(w, ParallelConfig(), kind, steps=1, **how)[1] for w in (world, parallel.ALONE))
+    ours, alone = (trained(w, config, kind, steps=1, **how)[1] for w in (world, parallel.ALONE))
     names = [name for name, x in alone.items() if name.endswith("proj.weight")]
     return {name: float((ours[name] - alone[name]).norm() / (alone[name] - before[name]).norm()) for name in names}
 
@@ -125,17 +127,55 @@ def whole_run(folder: Path) -> None:
     train(short, out=folder / "together first", cache_dir=folder)
 
 
+def _kept(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+    return grads[0], None
+
+
+def _zeros(x: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
+    return x.new_zeros(sum(received), *x.shape[1:])
+
+
+SABOTAGE: dict[str, tuple[ParallelConfig, str, Any]] = {  # a layout, and what does not happen in it
+    "weights held whole": (ParallelConfig(tensor=2), "tensor_parallel.partial", lambda model: ()),
+    "gradients of inputs": (ParallelConfig(tensor=2), "tensor_parallel.Inward.backward", staticmethod(_kept)),
+    "tokens on their way": (ParallelConfig(expert=2), "expert_parallel._exchanged", _zeros),
+}
+
+
+def sabotaged(config: ParallelConfig, what: str, instead: Any) -> float:
+    """How far parameters are from one process' own."""
+    with parallel.world(config, torch.device("cpu")) as world, mock.patch(f"ritornello.train.{what}", instead):
+        how: Any = {"steps": 1, "packed": True}
+        ours, alone = (trained(w, config, "experts, tied", **how)[1] for w in (world, parallel.ALONE))
+        return difference(ours, alone)
+
+
+def layouts(size: int) -> dict[str, ParallelConfig]:
+    """Every way of sharing the work that `size` processes can try, by name."""
+    found = {
+        "shard": ParallelConfig(shard=size),
+        "loop": ParallelConfig(shard=size, gather="loop"),
+        "replicate": ParallelConfig(replicate=2),
+        "tensor": ParallelConfig(tensor=2),
+        "expert": ParallelConfig(expert=2),
+    }
+    if size > 2:
+        found["expert, tensor"] = ParallelConfig(expert=2, tensor=2, gather="loop")
+    return found
+
+
 def main() -> None:
     results: dict[str, Any] = {}
     size, cpu = int(os.environ["WORLD_SIZE"]), torch.device("cpu")
-    layouts = {"shard": (1, size, "step"), "loop": (1, size, "loop"), "replicate": (2, size // 2, "step")}
-    with parallel.world(ParallelConfig(), cpu):
+    with parallel.world(ParallelConfig(), cpu) as everyone:
         whole_run(Path(sys.argv[2]))
-        for name, (replicate, shard, gather) in layouts.items():
-            config = ParallelConfig(replicate=replicate, shard=shard, gather=gather)
-            results[name] = equality(parallel.laid_out(replicate, shard, cpu), config)
-        everyone = parallel.laid_out(1, size, cpu)
-        results["muon"] = muon(everyone)
+        results |= {"steps": {}, "muon": {}}
+        for name, config in layouts(size).items():
+            with parallel.world(config, cpu) as world:
+                results["steps"][name] = equality(world, config)
+                if name in ("shard", "expert, tensor"):
+                    results["muon"][name] = muon(world, config)
+        results["sabotage"] = {name: sabotaged(*what) for name, what in SABOTAGE.items()}
         results["gathers"] = {gather: gathers(everyone, gather) for gather in get_args(Gather)}
     if os.environ["RANK"] == "0":
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))

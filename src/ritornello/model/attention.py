@@ -11,7 +11,7 @@ from ritornello.model.context import Context, Loop
 from ritornello.model.lora import Linear
 from ritornello.model.norm import RMSNorm
 from ritornello.ops.attention import attention, rotate
-from ritornello.ops.linear import lowered
+from ritornello.ops.linear import local, lowered
 from ritornello.ops.ragged import Ragged
 
 
@@ -117,10 +117,9 @@ class LatentAttention(Attention):
     def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, ...]:
         c = self.config
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)), table) if c.q_lora_rank else self.q_proj(x, table)
-        nope, rotary = q.unflatten(-1, (c.n_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        if context.rope is not None:
-            rotary = rotate(rotary, context.rope)
-        return nope, rotary
+        heads = q.unflatten(-1, (-1, c.qk_nope_head_dim + c.qk_rope_head_dim))
+        nope, rotary = heads.tensor_split((c.qk_nope_head_dim,), -1)
+        return nope, rotary if context.rope is None else rotate(rotary, context.rope)
 
     def attend(self, queries: tuple[Tensor, ...], entries: Tensor, mask: Tensor | None) -> Tensor:
         nope, rotary = (part.transpose(1, 2) for part in queries)
@@ -138,17 +137,17 @@ class LatentAttention(Attention):
         """Keys and values of every entry, made by kv_b_proj."""
         c = self.config
         latent, shared_key = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        keys_values = self.kv_b_proj(latent).unflatten(-1, (c.n_heads, -1)).transpose(1, 2)
-        keys, values = keys_values.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        shared_key = shared_key[:, None].expand(-1, c.n_heads, -1, -1)
+        widths = [c.qk_nope_head_dim, c.v_head_dim]
+        keys, values = self.kv_b_proj(latent).unflatten(-1, (-1, sum(widths))).transpose(1, 2).split(widths, -1)
+        shared_key = shared_key[:, None].expand(-1, keys.shape[1], -1, -1)
         q, k = torch.cat((nope, rotary), -1), torch.cat((keys, shared_key), -1)
         return attention(q, k, values, mask=mask, scale=self.scale)
 
     def absorbed(self, nope: Tensor, rotary: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
         """One key-value head for all queries: the latent itself."""
         c = self.config
-        weight = self.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))
-        w_key, w_value = weight.to(nope.dtype).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        weight = local(self.kv_b_proj.weight).to(nope.dtype).unflatten(0, (nope.shape[1], -1))
+        w_key, w_value = weight.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         q = torch.cat((torch.einsum("bhtn,hnr->bhtr", nope, w_key), rotary), -1)
         y = attention(q, entries[:, None], entries[:, None, :, : c.kv_lora_rank], mask=mask, scale=self.scale)
         return torch.einsum("bhtr,hvr->bhtv", y, w_value)

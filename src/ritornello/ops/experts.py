@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ritornello.ops.linear import local
+
 COPIED = 2_000_000  # bytes of weights, up to which a CPU copies those of each pair rather than count slots
 FEW = 12  # experts for each pair of token and choice, above which a GPU copies the weights of each pair
 SHARED = 2  # pairs for each expert, up to which a compiled path reads weights for every pair
@@ -252,6 +254,7 @@ def experts(
     the host cannot know how many pairs an expert has: grouped; fused up to SHARED pairs an expert, or where the grouped
     kernels do not reach.
     """
+    gate_up, down = local(gate_up), local(down)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)

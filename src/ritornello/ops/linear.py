@@ -1,10 +1,17 @@
 """Products with a weight matrix, and low-rank deltas, one for each loop index."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 16  # rows, up to which weight · xᵀ is the faster order in float32
+
+
+def local(weight: Any) -> Tensor:
+    """A weight, or of one that is spread over processes this one's part."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -14,7 +21,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     to five times as long for x · weightᵀ. Compiled, one row becomes a sum of products, which the compiler fuses with
     what stands around it and reads the weight once from end to end (experiments/LOG.md, entries 15 and 16).
     """
-    n_rows = x.shape[:-1].numel()
+    n_rows, weight = x.shape[:-1].numel(), local(weight)
     if x.device.type != "cpu" or n_rows > FEW:
         return F.linear(x, weight)
     if torch.compiler.is_compiling() and n_rows == 1:
@@ -43,6 +50,7 @@ def low_rank(x: Tensor, down: Tensor, up: Tensor, loop: Tensor | int) -> Tensor:
     One loop index for all tokens takes one slice, one per sequence a batched product. One per token multiplies by all
     L slices and keeps the token's own: L·r columns are few, and nothing is sorted.
     """
+    down, up = local(down), local(up)
     if isinstance(loop, int):
         return linear(linear(x, down[loop]), up[loop])
     if loop.shape[1] == 1:

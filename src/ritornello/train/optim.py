@@ -82,9 +82,12 @@ def _group(name: Group, members: dict[str, nn.Parameter], *, lr: float, weight_d
 
 
 def _apart(members: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
-    """Those that are spread over processes and those that aren't: no kernel takes both at once."""
-    parts = ({name: p for name, p in members.items() if is_spread(p) == spread} for spread in (False, True))
-    return [part for part in parts if part]
+    """By how they are spread over processes, if they are: no kernel takes two kinds at once."""
+    parts: dict[Any, dict[str, nn.Parameter]] = {}
+    for name, parameter in members.items():
+        how = (parameter.device_mesh, parameter.placements) if is_spread(parameter) else None  # pyrefly: ignore
+        parts.setdefault(how, {})[name] = parameter
+    return list(parts.values())
 
 
 def _can_fuse(model: nn.Module) -> bool:

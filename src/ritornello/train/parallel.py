@@ -4,10 +4,11 @@ Batches are global and a function of (seed, step), so nobody sends data: each pr
 the whole batch has. Gradients are then added up, never averaged, and every process ends up with the same step.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from ritornello.config import ParallelConfig, require
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import expert_parallel, tensor_parallel
 
 if TYPE_CHECKING:  # a second to import: one process alone does without
     from torch.distributed.device_mesh import DeviceMesh
 
-REPLICATE, SHARD = "replicate", "shard"
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 PATIENCE = timedelta(minutes=30)  # with one that writes a checkpoint; one that died is noticed at once by its socket
 
@@ -33,27 +34,37 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    mesh: "DeviceMesh | None" = None  # (replicate, shard)
+    n_tensor: int = 1  # processes, next to each other, that read the same rows
+    meshes: "Meshes | None" = None
+
+    @property
+    def n_readers(self) -> int:
+        """Among how many processes, or groups of those that read the same, rows are dealt out."""
+        return self.size // self.n_tensor
 
     def part(self, rows: slice) -> slice:
         """Of rows of the global batch, those that this process reads."""
-        return self.parts(rows)[self.rank]
+        return self.parts(rows)[self.rank // self.n_tensor]
 
     def parts(self, rows: slice) -> list[slice]:
-        """Of rows of the global batch, those of each process."""
-        n, left = divmod(rows.stop - rows.start, self.size)
-        assert not left, (rows, self.size)
+        """Of rows of the global batch, those of each reader."""
+        n, left = divmod(rows.stop - rows.start, self.n_readers)
+        assert not left, (rows, self.n_readers)
         return [slice(start, start + n) for start in range(rows.start, rows.stop, n)]
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """The sum over all readers, in place."""
         if self.size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x.zero_() if self.rank % self.n_tensor else x)  # those that read the same have the same
         return x
 
     def any(self, said: bool) -> bool:
         """Whether it is so in any process: what all of them then do."""
-        return said if self.size == 1 else bool(self.total(torch.tensor(int(said), device=self.device)))
+        if self.size == 1:
+            return said
+        found = torch.tensor(int(said), device=self.device)
+        dist.all_reduce(found)
+        return bool(found)
 
     @contextmanager
     def first(self) -> Iterator[bool]:
@@ -83,37 +94,50 @@ class World:
         require(torch.equal(least, most), what, list(numbers), "the same in every process", "do all see the same disk?")
 
     def shard(self, model: RecurrentDepthTransformer, config: ParallelConfig) -> None:
-        """Spread parameters, gradients and optimizer states over the processes of a group (FSDP2), a layer at a time.
+        """Spread layers over processes that read the same, experts over some that don't, and then what each has of
+        parameters, gradients and optimizer states over all others (FSDP2), a layer at a time.
 
         `gather` says how often the looped layers are put together: "step": once, and held until gradients are known;
         "loop": for each loop and again on the way back.
         """
-        if self.mesh is None:
+        if self.meshes is None:
             return
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        once = config.gather == "step"
-        for layers in (model.prelude_layers, model.coda_layers):
-            for layer in layers:
-                fully_shard(layer, mesh=self.mesh)
+        layers, experts = self.meshes.layers, self.meshes.experts
+        if self.n_tensor > 1:
+            tensor_parallel.spread(model, layers["tensor"])
+        if self.n_tensor > 1 or config.expert > 1:
+            expert_parallel.spread(model, experts["expert", "tensor"])
+        mesh, once = layers["replicate", "shard"], config.gather == "step"
+        for layer in (*model.prelude_layers, *model.coda_layers):
+            fully_shard(layer, mesh=mesh)
         for layer in model.recurrent:
-            fully_shard(layer, mesh=self.mesh, reshard_after_forward=not once)
-            layer.set_reshard_after_backward(not once)  # pyrefly: ignore
-        fully_shard(model, mesh=self.mesh, ignored_params=set(replicated(model).values()))
+            apart = [layer.mlp.experts] if config.expert > 1 else []  # pyrefly: ignore
+            for module, over in *((each, experts["replicate", "shard"]) for each in apart), (layer, mesh):
+                fully_shard(module, mesh=over, reshard_after_forward=not once)
+                module.set_reshard_after_backward(not once, recurse=False)  # pyrefly: ignore
+        fully_shard(model, mesh=mesh, ignored_params=set(replicated(model).values()))
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
     def finish_gradients(self, model: RecurrentDepthTransformer) -> None:
-        """After the backward pass: what every process holds whole is added up, what was put together is let go."""
-        if self.mesh is None:
+        """After the backward pass: what was put together is let go, what is held whole by several is added up."""
+        if self.meshes is None:
             return
+        for module in model.recurrent.modules():  # first: until then parameters are those that were put together
+            if hasattr(module, "reshard"):
+                module.reshard()  # pyrefly: ignore
         for parameter in replicated(model).values():
             if parameter.requires_grad and parameter.grad is not None:
                 self.total(parameter.grad)
-        for module in model.recurrent:
-            module.reshard()  # pyrefly: ignore
+        if self.n_tensor > 1:
+            group = self.meshes.layers["tensor"].get_group()
+            for parameter in tensor_parallel.partial(model):
+                if parameter.grad is not None:
+                    dist.all_reduce(own(parameter.grad), group=group)
 
     def share(self, module: nn.Module) -> None:
         """What every process holds whole of `module` becomes the first one's."""
@@ -123,7 +147,7 @@ class World:
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
         """The model's own parameters, vocabulary and head among them, are whole; layers are as they run."""
-        if self.mesh is None:
+        if self.meshes is None:
             yield
             return
         from torch.distributed.fsdp import FSDPModule
@@ -150,10 +174,7 @@ def world(config: ParallelConfig, device: torch.device) -> Iterator[World]:
     """
     started = dist.is_initialized()  # by whoever calls
     size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
-    shard = config.shard or max(1, size // config.replicate)
-    remedy = "torchrun --nproc-per-node N starts N; shard = 0 takes all that are left"
-    ok = config.replicate * shard == size
-    require(ok, "parallel", f"{config.replicate} x {shard}", f"as many processes as there are ({size})", remedy)
+    config = laid_out(config, size)
     if size == 1:
         yield World(device=device)
         return
@@ -162,7 +183,7 @@ def world(config: ParallelConfig, device: torch.device) -> Iterator[World]:
         where: Any = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group(BACKENDS[device.type], timeout=PATIENCE, **where)
     try:
-        yield laid_out(config.replicate, shard, device)
+        yield World(dist.get_rank(), size, device, config.tensor, meshes(config, device))
     finally:
         if not started:
             dist.destroy_process_group()
@@ -182,12 +203,38 @@ def _own(device: torch.device) -> torch.device:
     return found
 
 
-def laid_out(replicate: int, shard: int, device: torch.device) -> World:
-    """The processes of the group that has been started, as `replicate` groups of `shard`."""
+def laid_out(config: ParallelConfig, size: int) -> ParallelConfig:
+    """The layout of `size` processes, with `shard` put in where it takes all that are left."""
+    shard = config.shard or max(1, size // (config.replicate * config.tensor))
+    remedy = "torchrun --nproc-per-node N starts N; shard = 0 takes all that are left"
+    ok = config.replicate * shard * config.tensor == size
+    product = f"{config.replicate} x {shard} x {config.tensor}"
+    require(ok, "parallel.replicate x shard x tensor", product, f"as many processes as there are ({size})", remedy)
+    require(shard % config.expert == 0, "parallel.expert", config.expert, f"a divisor of shard ({shard})")
+    return replace(config, shard=shard)
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The same processes in two orders: as the layers are spread, (replicate, shard, tensor), and as routed experts
+    are, (replicate, shard, expert, tensor)."""
+
+    layers: "DeviceMesh"
+    experts: "DeviceMesh"
+
+
+def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
+    """Of the group that has been started; `config` as `laid_out` gives it."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
-    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+    # one mesh cut in two ways: FSDP2 asks that its mesh and that of what was spread before it have one origin
+    everyone = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
+    layers = (config.replicate, config.shard, config.tensor)
+    experts = (config.replicate, config.shard // config.expert, config.expert, config.tensor)
+    return Meshes(
+        everyone._unflatten(0, layers, ("replicate", "shard", "tensor")),
+        everyone._unflatten(0, experts, ("replicate", "shard", "expert", "tensor")),
+    )
 
 
 def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:
@@ -199,23 +246,38 @@ def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:
     }
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients, wherever they lie, to a norm of at most `max_norm`; returns the norm before."""
     trained = [p for p in parameters if p.grad is not None]
-    parts = [[p for p in trained if is_spread(p) == spread] for spread in (True, False)]
-    if not parts[0]:
+    if not any(map(is_spread, trained)):
         return torch.nn.utils.clip_grad_norm_(trained, max_norm)
-    parts = [part for part in parts if part]
-    gradients = ([p.grad for p in part if p.grad is not None] for part in parts)
-    norm = torch.linalg.vector_norm(torch.stack([whole(torch.nn.utils.get_total_norm(some)) for some in gradients]))
-    for part in parts:
-        torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+    gradients: list[Any] = [p.grad for p in trained]
+    shares = torch.tensor([n_parts(x) / dist.get_world_size() for x in gradients], device=gradients[0].device)
+    norms = torch.stack(torch._foreach_norm([own(x) for x in gradients]))
+    total = (norms.square() * shares.to(norms.dtype)).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    torch._foreach_mul_([own(x) for x in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def is_spread(x: Any) -> bool:
     """Whether this is a DTensor, of which each process holds a part."""
     return hasattr(x, "full_tensor")
+
+
+def own(x: Any) -> Any:
+    """This process' part of a tensor, itself where it is not spread."""
+    return x.to_local() if is_spread(x) else x
+
+
+def n_parts(x: Any) -> int:
+    """Over how many processes a tensor is spread, those that hold the same part counting as one."""
+    if not is_spread(x):
+        return 1
+    sizes = zip(x.placements, x.device_mesh.shape, strict=True)
+    return math.prod(n for placement, n in sizes if not placement.is_replicate())
 
 
 def whole(x: Any) -> Any:

@@ -186,7 +186,7 @@ class Trainer:
         if self._fits_gate and self.step < config.steps:
             exit = None  # its gate knows nothing yet
         rows = Rows(self.dataset.validation, **self._row_settings)
-        n_batches = config.accumulation * self.world.size  # no more rows at once than in training
+        n_batches = config.accumulation * self.world.n_readers  # no more rows at once than in training
         batches = rows.evaluation(config.batch_size // n_batches, config.eval_batches * n_batches)
         how: Any = {"loops": config.eval_loops, "exit": exit, "bf16": config.precision == "bf16"}
         with self.world.gathered(self.model):  # every process reads the same, so that all stop after the same loop
@@ -285,12 +285,12 @@ class Trainer:
 
 def _check_parts(config: TrainConfig, world: parallel.World) -> None:
     size = config.microbatch_size or config.batch_size
-    ok = size % world.size == 0
+    ok = size % world.n_readers == 0
     require(
         ok,
         "train.microbatch_size" if config.microbatch_size else "train.batch_size",
         size,
-        f"a multiple of the {world.size} processes",
+        f"a multiple of the {world.n_readers} that it is shared out to",
     )
 
 
