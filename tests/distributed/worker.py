@@ -55,7 +55,12 @@ def trained(
     seen = []
     for step in range(steps):
         found = train_step(
-            model, optimizers, batch(n=8, packed=packed, seed=step), train=config_of_training, step=step, world=world
+            model,
+            optimizers,
+            batch(n=8, length=16, packed=packed, seed=step),
+            train=config_of_training,
+            step=step,
+            world=world,
         )
         seen.append({name: float(value) for name, value in found.items()})
     state = parallel.gathered(model.state_dict())
@@ -135,10 +140,15 @@ def _zeros(x: Tensor, received: list[int], sent: list[int], group: Any) -> Tenso
     return x.new_zeros(sum(received), *x.shape[1:])
 
 
+def _unsummed(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    return grads[0][:, ctx.pieces.mine], None, None
+
+
 SABOTAGE: dict[str, tuple[ParallelConfig, str, Any]] = {  # a layout, and what does not happen in it
     "weights held whole": (ParallelConfig(tensor=2), "tensor_parallel.partial", lambda model: ()),
     "gradients of inputs": (ParallelConfig(tensor=2), "tensor_parallel.Inward.backward", staticmethod(_kept)),
     "tokens on their way": (ParallelConfig(expert=2), "expert_parallel._exchanged", _zeros),
+    "gradients of entries": (ParallelConfig(context=2), "context_parallel.Gathered.backward", staticmethod(_unsummed)),
 }
 
 
@@ -158,9 +168,12 @@ def layouts(size: int) -> dict[str, ParallelConfig]:
         "replicate": ParallelConfig(replicate=2),
         "tensor": ParallelConfig(tensor=2),
         "expert": ParallelConfig(expert=2),
+        "context": ParallelConfig(context=2),
     }
     if size > 2:
         found["expert, tensor"] = ParallelConfig(expert=2, tensor=2, gather="loop")
+        found["expert, context"] = ParallelConfig(expert=2, context=2)
+        found["context, tensor"] = ParallelConfig(context=2, tensor=2)
     return found
 
 

@@ -23,7 +23,7 @@ def test_rows_are_shared_out_in_order() -> None:
 
 def test_one_process_is_a_world() -> None:
     with world(ParallelConfig(), CPU) as found:
-        assert (found.rank, found.size, found.mesh, found.device) == (0, 1, None, CPU)
+        assert (found.rank, found.size, found.meshes, found.device) == (0, 1, None, CPU)
         model = RecurrentDepthTransformer(model_config())
         before = {name: id(p) for name, p in model.named_parameters()}
         found.shard(model, ParallelConfig())
@@ -44,7 +44,7 @@ def test_a_layout_of_another_size_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(there))
     with (
-        pytest.raises(ValueError, match=rf"parallel = .*as many processes as there are \({there}\)"),
+        pytest.raises(ValueError, match=rf"parallel\.replicate x shard x context x tensor = .*as many processes as there are \({there}\)"),
         world(ParallelConfig(replicate=replicate, shard=shard), CPU),
     ):
         pass

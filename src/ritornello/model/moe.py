@@ -11,7 +11,7 @@ from ritornello.model.context import Loop
 from ritornello.model.lora import Linear
 from ritornello.ops.experts import experts
 from ritornello.ops.linear import linear, lowered
-from ritornello.ops.routing import balance_loss, limit_groups
+from ritornello.ops.routing import balance_loss, limit_groups, sum_tokens
 
 
 class FeedForward(nn.Module):
@@ -87,7 +87,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, *, looped: bool) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.sum_tokens = config, sum_tokens
         self.router = Router(config)
         self.experts = Experts(config)
         width = config.n_shared_experts * config.expert_dim
@@ -100,4 +100,5 @@ class MixtureOfExperts(nn.Module):
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, table)
         balanced = self.training and torch.is_grad_enabled()
-        return y, Routed(indices, balance_loss(indices, scores, masks) if balanced else scores.new_zeros(()))
+        loss = balance_loss(indices, scores, masks, self.sum_tokens) if balanced else scores.new_zeros(())
+        return y, Routed(indices, loss)

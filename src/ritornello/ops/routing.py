@@ -1,6 +1,6 @@
 """Who may be chosen, how many chose whom, and how evenly (DeepSeek-V3 2412.19437, §2.1.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -18,16 +18,24 @@ def limit_groups(choice: Tensor, n_groups: int, n_active: int) -> Tensor:
     return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
 
-def balance_loss(indices: Tensor, scores: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+def sum_tokens(x: Tensor) -> Tensor:
+    """(B, T, ...) -> (B, ...): over the tokens of each sequence."""
+    return x.sum(1)
+
+
+def balance_loss(
+    indices: Tensor, scores: Tensor, masks: Sequence[Tensor | None], sum_tokens: Callable[[Tensor], Tensor] = sum_tokens
+) -> Tensor:
     """Sequence-level balance loss (eq. 17-20), 1 at perfect balance, mean over sequences.
 
     indices (B, T, k): the chosen experts; scores (B, T, E); masks (B, T or 1) bool: of tokens that count, None: all.
+    sum_tokens: where a sequence has more tokens than these.
     """
     mask = _counted(scores[..., :1], masks)
-    n_tokens = mask.sum(1).clamp(min=1)
+    n_tokens = sum_tokens(mask).clamp(min=1)
     chosen = torch.zeros_like(scores).scatter(-1, indices, 1.0) * mask
-    frequency = chosen.sum(1) * (scores.shape[-1] / indices.shape[-1]) / n_tokens
-    probability = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / n_tokens
+    frequency = sum_tokens(chosen) * (scores.shape[-1] / indices.shape[-1]) / n_tokens
+    probability = sum_tokens(scores / scores.sum(-1, keepdim=True) * mask) / n_tokens
     return (frequency * probability).sum() / max(1, len(scores))
 
 

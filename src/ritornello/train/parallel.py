@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ritornello.config import ParallelConfig, require
 from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.train import expert_parallel, tensor_parallel
+from ritornello.train import context_parallel, expert_parallel, tensor_parallel
 
 if TYPE_CHECKING:  # a second to import: one process alone does without
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,17 +34,18 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    n_tensor: int = 1  # processes, next to each other, that read the same rows
+    n_context: int = 1  # processes that share out the tokens of the same rows
+    n_tensor: int = 1  # processes, next to each other, that read the same tokens
     meshes: "Meshes | None" = None
 
     @property
     def n_readers(self) -> int:
-        """Among how many processes, or groups of those that read the same, rows are dealt out."""
-        return self.size // self.n_tensor
+        """Among how many processes, or groups of those that read the same rows, these are dealt out."""
+        return self.size // (self.n_context * self.n_tensor)
 
     def part(self, rows: slice) -> slice:
         """Of rows of the global batch, those that this process reads."""
-        return self.parts(rows)[self.rank // self.n_tensor]
+        return self.parts(rows)[self.rank // (self.n_context * self.n_tensor)]
 
     def parts(self, rows: slice) -> list[slice]:
         """Of rows of the global batch, those of each reader."""
@@ -53,10 +54,18 @@ class World:
         return [slice(start, start + n) for start in range(rows.start, rows.stop, n)]
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over all readers, in place."""
+        """The sum over all that read different tokens, in place."""
         if self.size > 1:
             dist.all_reduce(x.zero_() if self.rank % self.n_tensor else x)  # those that read the same have the same
         return x
+
+    @contextmanager
+    def tokens_shared(self, model: RecurrentDepthTransformer, length: int) -> Iterator[context_parallel.Pieces]:
+        """Rows of `length` tokens are shared out: which of them this process gives the model, within."""
+        pieces = context_parallel.Pieces(length, self.n_context, self.rank // self.n_tensor % self.n_context)
+        group = None if self.meshes is None else self.meshes.readers["context"].get_group()
+        with context_parallel.shared(model, pieces, group):
+            yield pieces
 
     def any(self, said: bool) -> bool:
         """Whether it is so in any process: what all of them then do."""
@@ -183,7 +192,7 @@ def world(config: ParallelConfig, device: torch.device) -> Iterator[World]:
         where: Any = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group(BACKENDS[device.type], timeout=PATIENCE, **where)
     try:
-        yield World(dist.get_rank(), size, device, config.tensor, meshes(config, device))
+        yield World(dist.get_rank(), size, device, config.context, config.tensor, meshes(config, device))
     finally:
         if not started:
             dist.destroy_process_group()
@@ -205,22 +214,26 @@ def _own(device: torch.device) -> torch.device:
 
 def laid_out(config: ParallelConfig, size: int) -> ParallelConfig:
     """The layout of `size` processes, with `shard` put in where it takes all that are left."""
-    shard = config.shard or max(1, size // (config.replicate * config.tensor))
+    others = config.replicate * config.context * config.tensor
+    shard = config.shard or max(1, size // others)
     remedy = "torchrun --nproc-per-node N starts N; shard = 0 takes all that are left"
-    ok = config.replicate * shard * config.tensor == size
-    product = f"{config.replicate} x {shard} x {config.tensor}"
-    require(ok, "parallel.replicate x shard x tensor", product, f"as many processes as there are ({size})", remedy)
-    require(shard % config.expert == 0, "parallel.expert", config.expert, f"a divisor of shard ({shard})")
+    product = f"{config.replicate} x {shard} x {config.context} x {config.tensor}"
+    name, wanted = "parallel.replicate x shard x context x tensor", f"as many processes as there are ({size})"
+    require(shard * others == size, name, product, wanted, remedy)
+    ok = shard * config.context % config.expert == 0
+    require(ok, "parallel.expert", config.expert, f"a divisor of shard x context ({shard * config.context})")
     return replace(config, shard=shard)
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The same processes in two orders: as the layers are spread, (replicate, shard, tensor), and as routed experts
-    are, (replicate, shard, expert, tensor)."""
+    """The same processes cut in several ways: as the layers are spread, (replicate, shard, tensor), where those that
+    share out tokens are in one shard group; as routed experts are, (replicate, shard, expert, tensor); and as batches
+    are read, (rows, context, tensor)."""
 
     layers: "DeviceMesh"
     experts: "DeviceMesh"
+    readers: "DeviceMesh"
 
 
 def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
@@ -229,11 +242,14 @@ def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
 
     # one mesh cut in two ways: FSDP2 asks that its mesh and that of what was spread before it have one origin
     everyone = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
-    layers = (config.replicate, config.shard, config.tensor)
-    experts = (config.replicate, config.shard // config.expert, config.expert, config.tensor)
+    shard = config.shard * config.context
+    layers = (config.replicate, shard, config.tensor)
+    experts = (config.replicate, shard // config.expert, config.expert, config.tensor)
+    readers = (config.replicate * config.shard, config.context, config.tensor)
     return Meshes(
         everyone._unflatten(0, layers, ("replicate", "shard", "tensor")),
         everyone._unflatten(0, experts, ("replicate", "shard", "expert", "tensor")),
+        everyone._unflatten(0, readers, ("rows", "context", "tensor")),
     )
 
 

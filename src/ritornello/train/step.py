@@ -14,6 +14,7 @@ from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
 from ritornello.train import depth, losses
+from ritornello.train.context_parallel import Pieces
 from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.guard import Limits
 from ritornello.train.optim import set_learning_rate
@@ -44,15 +45,16 @@ class Plan:
         loops = np.minimum(loops, train.backprop_loops or loops)
         return Plan(batch, counts, documents, (train.seed, step), probe, loops)
 
-    def shares(self, rows: slice) -> losses.Shares:
+    def shares(self, rows: slice, pieces: Pieces) -> losses.Shares:
+        """Of some rows, this process' tokens."""
         real, targets = self.batch.documents >= 0, self.batch.labels != NO_LABEL
         n_targets = max(1, int(targets.sum()))
         by_token = self.counts if self.counts.ndim == 2 else self.counts[:, None]
         n_states = max(1, int((by_token * targets).sum()))
         return losses.Shares(
             n_targets=n_targets,
-            tokens=float(real[rows].sum() / real.sum()),
-            loops=float(self.loops[rows].sum() / self.loops.sum()),
+            tokens=float(real[rows][:, pieces.mine].sum() / real.sum()),
+            loops=float(self.loops[rows].sum() / self.loops.sum()) / pieces.n,
             probe=self.probe,
             probe_scale=float(self.counts.max()) * n_targets / n_states,
         )
@@ -107,11 +109,12 @@ def accumulate(
     table = losses.weights(model.config, train)
     terms: dict[str, Tensor] = {}
     load = None
-    for rows in _slices(len(plan.batch.tokens), train.microbatch_size):
-        deepest = int(plan.counts[rows].max())
-        micro_terms, micro_load = _micro_step(model, plan, train, world.part(rows), deepest, table)
-        terms = {name: terms[name] + value if terms else value for name, value in micro_terms.items()}
-        load = micro_load if load is None or micro_load is None else load + micro_load
+    with world.tokens_shared(model, plan.batch.tokens.shape[1]) as pieces:
+        for rows in _slices(len(plan.batch.tokens), train.microbatch_size):
+            deepest = int(plan.counts[rows].max())
+            micro_terms, micro_load = _micro_step(model, plan, train, world.part(rows), pieces, deepest, table)
+            terms = {name: terms[name] + value if terms else value for name, value in micro_terms.items()}
+            load = micro_load if load is None or micro_load is None else load + micro_load
     return terms, None if load is None else world.total(load)
 
 
@@ -120,31 +123,31 @@ def _micro_step(
     plan: Plan,
     train: TrainConfig,
     rows: slice,
+    pieces: Pieces,
     deepest: int,
     table: dict[str, float],
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Of `rows` of the batch; `deepest`: the loops of the micro-batch that they are this process' part of, which every
-    process runs, with no row where it has none."""
+    """Of `rows` of the batch these `pieces`; `deepest`: the loops of the micro-batch that they are this process' part
+    of, which every process runs, with no row where it has none."""
     device = model.norm.weight.device
-    tokens, labels, sequences = (
-        to_device(array[rows], device) for array in (plan.batch.tokens, plan.batch.labels, plan.batch.indices)
-    )
-    documents = None if plan.documents is None else to_device(plan.documents[rows], device)
-    key = Key(*plan.key, sequences)
+    tokens, labels = (to_device(x[rows][:, pieces.mine], device) for x in (plan.batch.tokens, plan.batch.labels))
+    documents = None if plan.documents is None else to_device(plan.documents[rows][:, pieces.mine], device)
+    key = Key(*plan.key, to_device(plan.batch.indices[rows], device))
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
         out = model(
             tokens,
-            n_loops=Depth.right_aligned(plan.counts[rows], deepest),
+            n_loops=pieces.depth(Depth.right_aligned(plan.counts[rows], deepest)),
             documents=documents,
             backprop_loops=train.backprop_loops,
             checkpoint=train.checkpoint_activations,
             key=key,
             trajectory=losses.needs_trajectory(table),
             weigh=losses.needs_weights(table),
+            compact=None if pieces.n == 1 else False,
             exit=default_exit("act") if model.config.halting == "act" else None,  # its halted tokens stay frozen
             return_logits=False,
         )
-        shares = plan.shares(rows)
+        shares = plan.shares(rows, pieces)
         x = losses.Inputs(model=model, train=train, labels=labels, documents=documents, key=key, out=out, shares=shares)
         total, terms = losses.total_loss(x, table)
     total.backward()
