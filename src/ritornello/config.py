@@ -431,6 +431,7 @@ class ParallelConfig:
 
     replicate: int = 1  # groups of processes, each with a whole model
     shard: int = 0  # processes in a group, which hold a part of it each; 0: all that are left
+    pipeline: int = 1  # stages over which the recurrent layers are spread; micro-batches go around once a loop
     context: int = 1  # processes that share out the tokens of each row
     tensor: int = 1  # processes that compute each layer of the same rows together: some heads and columns each
     expert: int = 1  # of the processes of a group, those that hold some routed experts each and send each other tokens
@@ -439,7 +440,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         require_kinds(self)
         require_int("shard", self.shard, 0)
-        for name in ("replicate", "context", "tensor", "expert"):
+        for name in ("replicate", "pipeline", "context", "tensor", "expert"):
             require_int(name, getattr(self, name), 1)
 
 

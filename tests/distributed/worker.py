@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
 LONG = ("experts, tied", "act")
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # of training, and the kind of model
     "micro-batches, cut off": ("experts, tied", {"microbatch_size": 4, "backprop_loops": 2}),
+    "many micro-batches": ("experts, tied", {"microbatch_size": 4}),
     "recomputed": ("experts, tied", {"checkpoint_activations": True}),
     "expected": ("gate, untied", {"halting_loss": "expected"}),
 }
@@ -48,7 +49,8 @@ def trained(
     world: parallel.World, config: ParallelConfig, kind: str, *, steps: int, packed: bool, **settings: Any
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Metrics by step, and the whole state after the last."""
-    model = RecurrentDepthTransformer(model_config(**HEADS | KINDS[kind])).double().train()
+    more = {"n_recurrent_layers": config.pipeline} if config.pipeline > 1 else {}
+    model = RecurrentDepthTransformer(model_config(**HEADS | KINDS[kind] | more)).double().train()
     config_of_training = train_config(batch_size=8, balance_weight=1e-2, depth="uniform", min_loops=1, **settings)
     world.shard(model, config)
     optimizers = build_optimizers(model, config_of_training)
@@ -68,15 +70,21 @@ def trained(
 
 
 def difference(ours: dict[str, Tensor], alone: dict[str, Tensor]) -> float:
-    """The largest, by parameter relative to its own largest number, or .1."""
-    assert ours.keys() == alone.keys()
-    return max(float((ours[name] - x).abs().max() / x.abs().max().clamp(min=0.1)) for name, x in alone.items())
+    """The largest, by parameter relative to its own largest number, or .1; each stage of a pipeline has its own."""
+    assert ours.keys() <= alone.keys()
+    own = {name: alone[name] for name in ours}
+    found = max(float((ours[name] - x).abs().max() / x.abs().max().clamp(min=0.1)) for name, x in own.items())
+    largest = torch.tensor([found, *(float(name not in ours) for name in alone)])
+    dist.all_reduce(largest[0], dist.ReduceOp.MAX)
+    dist.all_reduce(missing := largest[1:].clone(), dist.ReduceOp.MIN)
+    assert not missing.any(), "a parameter that nobody has"
+    return float(largest[0])
 
 
 def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
     """By kind and number of steps: how far metrics and parameters are from one process' own."""
     long = LONG if world.size == 2 and config.gather == "step" and config.replicate == 1 else ()
-    kinds = [kind for kind in KINDS if kind != "plain" or config.expert == 1]
+    kinds = [kind for kind in KINDS if kind != "plain" or config.expert == config.pipeline == 1]
     cases = [(kind, kind, 1, {}) for kind in kinds] + [(f"{kind}, {STEPS}", kind, STEPS, {}) for kind in long]
     cases += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items()]
     found = {}
@@ -169,6 +177,7 @@ def layouts(size: int) -> dict[str, ParallelConfig]:
         "tensor": ParallelConfig(tensor=2),
         "expert": ParallelConfig(expert=2),
         "context": ParallelConfig(context=2),
+        "pipeline": ParallelConfig(pipeline=2),
     }
     if size > 2:
         found["expert, tensor"] = ParallelConfig(expert=2, tensor=2, gather="loop")

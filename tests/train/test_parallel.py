@@ -44,7 +44,10 @@ def test_a_layout_of_another_size_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(there))
     with (
-        pytest.raises(ValueError, match=rf"parallel\.replicate x shard x context x tensor = .*as many processes as there are \({there}\)"),
+        pytest.raises(
+            ValueError,
+            match=rf"parallel\.replicate x shard x context x tensor = .*as many processes as there are \({there}\)",
+        ),
         world(ParallelConfig(replicate=replicate, shard=shard), CPU),
     ):
         pass

@@ -6,7 +6,7 @@ the whole batch has. Gradients are then added up, never averaged, and every proc
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ritornello.config import ParallelConfig, require
 from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.train import context_parallel, expert_parallel, tensor_parallel
+from ritornello.train import context_parallel, expert_parallel, pipeline, tensor_parallel
 
 if TYPE_CHECKING:  # a second to import: one process alone does without
     from torch.distributed.device_mesh import DeviceMesh
@@ -34,18 +34,25 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    n_stages: int = 1  # of the pipeline, that read the same tokens
     n_context: int = 1  # processes that share out the tokens of the same rows
     n_tensor: int = 1  # processes, next to each other, that read the same tokens
     meshes: "Meshes | None" = None
+    ring: pipeline.Ring | None = None
+
+    @property
+    def n_peers(self) -> int:
+        """Processes of each stage."""
+        return self.size // self.n_stages
 
     @property
     def n_readers(self) -> int:
         """Among how many processes, or groups of those that read the same rows, these are dealt out."""
-        return self.size // (self.n_context * self.n_tensor)
+        return self.n_peers // (self.n_context * self.n_tensor)
 
     def part(self, rows: slice) -> slice:
         """Of rows of the global batch, those that this process reads."""
-        return self.parts(rows)[self.rank // (self.n_context * self.n_tensor)]
+        return self.parts(rows)[self.rank % self.n_peers // (self.n_context * self.n_tensor)]
 
     def parts(self, rows: slice) -> list[slice]:
         """Of rows of the global batch, those of each reader."""
@@ -53,10 +60,12 @@ class World:
         assert not left, (rows, self.n_readers)
         return [slice(start, start + n) for start in range(rows.start, rows.stop, n)]
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over all that read different tokens, in place."""
-        if self.size > 1:
-            dist.all_reduce(x.zero_() if self.rank % self.n_tensor else x)  # those that read the same have the same
+    def total(self, x: Tensor, *, stage: bool = False) -> Tensor:
+        """The sum over all that read different tokens, in place; stage: of this stage only."""
+        if self.meshes is not None:
+            group = self.meshes.stages["stage"].get_group() if stage else None
+            # those that compute layers together have the same
+            dist.all_reduce(x.zero_() if self.rank % self.n_tensor else x, group=group)
         return x
 
     @contextmanager
@@ -114,6 +123,8 @@ class World:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         layers, experts = self.meshes.layers, self.meshes.experts
+        if self.ring is not None:
+            pipeline.divide(model, self.ring)
         if self.n_tensor > 1:
             tensor_parallel.spread(model, layers["tensor"])
         if self.n_tensor > 1 or config.expert > 1:
@@ -131,6 +142,8 @@ class World:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        if isinstance(self.ring, pipeline.Conductor):
+            self.ring.lead(model)  # last: its hook is then behind FSDP2's own
 
     def finish_gradients(self, model: RecurrentDepthTransformer) -> None:
         """After the backward pass: what was put together is let go, what is held whole by several is added up."""
@@ -141,12 +154,17 @@ class World:
                 module.reshard()  # pyrefly: ignore
         for parameter in replicated(model).values():
             if parameter.requires_grad and parameter.grad is not None:
-                self.total(parameter.grad)
+                self.total(parameter.grad, stage=True)
         if self.n_tensor > 1:
             group = self.meshes.layers["tensor"].get_group()
             for parameter in tensor_parallel.partial(model):
                 if parameter.grad is not None:
                     dist.all_reduce(own(parameter.grad), group=group)
+        if self.ring is not None:
+            for parameter in pipeline.everywhere(model).values():
+                if parameter.requires_grad and parameter.grad is not None:
+                    dist.all_reduce(own(parameter.grad), group=self.ring.group)
+            self.ring.finish()
 
     def share(self, module: nn.Module) -> None:
         """What every process holds whole of `module` becomes the first one's."""
@@ -192,7 +210,9 @@ def world(config: ParallelConfig, device: torch.device) -> Iterator[World]:
         where: Any = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group(BACKENDS[device.type], timeout=PATIENCE, **where)
     try:
-        yield World(dist.get_rank(), size, device, config.context, config.tensor, meshes(config, device))
+        cut = meshes(config, device)
+        how = (config.pipeline, config.context, config.tensor, cut)
+        yield World(dist.get_rank(), size, device, *how, None if config.pipeline == 1 else _ring(cut, device))
     finally:
         if not started:
             dist.destroy_process_group()
@@ -214,11 +234,14 @@ def _own(device: torch.device) -> torch.device:
 
 def laid_out(config: ParallelConfig, size: int) -> ParallelConfig:
     """The layout of `size` processes, with `shard` put in where it takes all that are left."""
-    others = config.replicate * config.context * config.tensor
+    others = config.pipeline * config.replicate * config.context * config.tensor
     shard = config.shard or max(1, size // others)
     remedy = "torchrun --nproc-per-node N starts N; shard = 0 takes all that are left"
-    product = f"{config.replicate} x {shard} x {config.context} x {config.tensor}"
-    name, wanted = "parallel.replicate x shard x context x tensor", f"as many processes as there are ({size})"
+    product = f"{config.pipeline} x {config.replicate} x {shard} x {config.context} x {config.tensor}"
+    name, wanted = (
+        "parallel.pipeline x replicate x shard x context x tensor",
+        f"as many processes as there are ({size})",
+    )
     require(shard * others == size, name, product, wanted, remedy)
     ok = shard * config.context % config.expert == 0
     require(ok, "parallel.expert", config.expert, f"a divisor of shard x context ({shard * config.context})")
@@ -229,11 +252,12 @@ def laid_out(config: ParallelConfig, size: int) -> ParallelConfig:
 class Meshes:
     """The same processes cut in several ways: as the layers are spread, (replicate, shard, tensor), where those that
     share out tokens are in one shard group; as routed experts are, (replicate, shard, expert, tensor); and as batches
-    are read, (rows, context, tensor)."""
+    are read, (rows, context, tensor). Each within its stage of the pipeline; stages: (pipeline, stage)."""
 
     layers: "DeviceMesh"
     experts: "DeviceMesh"
     readers: "DeviceMesh"
+    stages: "DeviceMesh"
 
 
 def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
@@ -243,14 +267,27 @@ def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
     # one mesh cut in two ways: FSDP2 asks that its mesh and that of what was spread before it have one origin
     everyone = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
     shard = config.shard * config.context
-    layers = (config.replicate, shard, config.tensor)
-    experts = (config.replicate, shard // config.expert, config.expert, config.tensor)
-    readers = (config.replicate * config.shard, config.context, config.tensor)
+    n = config.pipeline
+    layers = (n, config.replicate, shard, config.tensor)
+    experts = (n, config.replicate, shard // config.expert, config.expert, config.tensor)
+    readers = (n, config.replicate * config.shard, config.context, config.tensor)
     return Meshes(
-        everyone._unflatten(0, layers, ("replicate", "shard", "tensor")),
-        everyone._unflatten(0, experts, ("replicate", "shard", "expert", "tensor")),
-        everyone._unflatten(0, readers, ("rows", "context", "tensor")),
+        everyone._unflatten(0, layers, ("pipeline", "replicate", "shard", "tensor")),
+        everyone._unflatten(0, experts, ("pipeline", "replicate", "shard", "expert", "tensor")),
+        everyone._unflatten(0, readers, ("pipeline", "rows", "context", "tensor")),
+        everyone._unflatten(0, (n, dist.get_world_size() // n), ("pipeline", "stage")),
     )
+
+
+def _ring(cut: Meshes, device: torch.device) -> pipeline.Ring:
+    """The stages that this process hands states to and gets them from."""
+    group = cut.stages["pipeline"].get_group()
+    control = group
+    if device.type != "cpu":  # every process has to ask for every group
+        ranks = cut.stages.mesh.T.tolist()
+        control = [dist.new_group(some, backend="gloo") for some in ranks][dist.get_rank() % len(ranks)]
+    stage, n = dist.get_rank(group), dist.get_world_size(group)
+    return (pipeline.Ring if stage else pipeline.Conductor)(group, control, device, stage, n)
 
 
 def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:
@@ -263,13 +300,15 @@ def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(model: RecurrentDepthTransformer, max_norm: float, world: World = ALONE) -> Tensor:
     """Scale all gradients, wherever they lie, to a norm of at most `max_norm`; returns the norm before."""
-    trained = [p for p in parameters if p.grad is not None]
-    if not any(map(is_spread, trained)):
-        return torch.nn.utils.clip_grad_norm_(trained, max_norm)
-    gradients: list[Any] = [p.grad for p in trained]
-    shares = torch.tensor([n_parts(x) / dist.get_world_size() for x in gradients], device=gradients[0].device)
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    if world.meshes is None:
+        return torch.nn.utils.clip_grad_norm_(trained.values(), max_norm)
+    gradients: list[Any] = [p.grad for p in trained.values()]
+    holders = [world.size if name in pipeline.everywhere(model) else world.n_peers for name in trained]
+    counted = [n_parts(x) / n for x, n in zip(gradients, holders, strict=True)]  # of each number once
+    shares = torch.tensor(counted, device=world.device)
     norms = torch.stack(torch._foreach_norm([own(x) for x in gradients]))
     total = (norms.square() * shares.to(norms.dtype)).sum()
     dist.all_reduce(total)

@@ -15,9 +15,10 @@ def update_router_bias(model: RecurrentDepthTransformer, load: Tensor, *, rate: 
     load: (n_loops, R, E) of one optimizer step, summed over micro-batches and ranks. With a bias per loop, loops that
     saw fewer than `min_tokens` tokens keep theirs.
     """
-    for layer, counts in zip(model.recurrent, load.unbind(1), strict=True):
+    for place, layer in model.recurrent.named_children():  # all, or those of a stage
         assert isinstance(layer, Layer) and isinstance(layer.mlp, MixtureOfExperts)
-        counts = counts.float() if model.config.router_bias_per_loop else counts.float().sum(0)
+        counts = load[:, int(place)].float()
+        counts = counts if model.config.router_bias_per_loop else counts.sum(0)
         step = rate * (counts.mean(-1, keepdim=True) - counts).sign()
         if model.config.router_bias_per_loop:
             step = step * (counts.sum(-1, keepdim=True) >= min_tokens * model.config.n_active_experts)

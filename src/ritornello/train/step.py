@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from ritornello.train.data import NO_LABEL, Batch
 from ritornello.train.guard import Limits
 from ritornello.train.optim import set_learning_rate
 from ritornello.train.parallel import ALONE, World, clip_gradients
+from ritornello.train.pipeline import Conductor, Visitor, serve
 from ritornello.train.router import update_router_bias
 from ritornello.train.schedule import learning_rate_scale, router_bias_rate
 
@@ -45,8 +48,8 @@ class Plan:
         loops = np.minimum(loops, train.backprop_loops or loops)
         return Plan(batch, counts, documents, (train.seed, step), probe, loops)
 
-    def shares(self, rows: slice, pieces: Pieces) -> losses.Shares:
-        """Of some rows, this process' tokens."""
+    def shares(self, rows: slice, pieces: Pieces, n_stages: int) -> losses.Shares:
+        """Of some rows, this process' tokens, and of their loops one stage's."""
         real, targets = self.batch.documents >= 0, self.batch.labels != NO_LABEL
         n_targets = max(1, int(targets.sum()))
         by_token = self.counts if self.counts.ndim == 2 else self.counts[:, None]
@@ -54,7 +57,7 @@ class Plan:
         return losses.Shares(
             n_targets=n_targets,
             tokens=float(real[rows][:, pieces.mine].sum() / real.sum()),
-            loops=float(self.loops[rows].sum() / self.loops.sum()) / pieces.n,
+            loops=float(self.loops[rows].sum() / self.loops.sum()) / (pieces.n * n_stages),
             probe=self.probe,
             probe_scale=float(self.counts.max()) * n_targets / n_states,
         )
@@ -85,7 +88,7 @@ def train_step(
     plan = Plan.of(batch, train, step)
     terms, load = accumulate(model, plan, train, world)
     world.finish_gradients(model)
-    norm = clip_gradients(model.parameters(), train.clip_norm)
+    norm = clip_gradients(model, train.clip_norm, world)
     grad_norm, *values = torch.stack([norm.float(), *world.total(torch.stack([*terms.values()]))]).tolist()
     measured = dict(zip(terms, values, strict=True))
     loss = measured.pop("next_token")
@@ -108,17 +111,35 @@ def accumulate(
     (n_loops, R, E) of all."""
     table = losses.weights(model.config, train)
     terms: dict[str, Tensor] = {}
-    load = None
+    load, n, ring = None, world.n_stages, world.ring
     with world.tokens_shared(model, plan.batch.tokens.shape[1]) as pieces:
-        for rows in _slices(len(plan.batch.tokens), train.microbatch_size):
-            deepest = int(plan.counts[rows].max())
-            micro_terms, micro_load = _micro_step(model, plan, train, world.part(rows), pieces, deepest, table)
-            terms = {name: terms[name] + value if terms else value for name, value in micro_terms.items()}
-            load = micro_load if load is None or micro_load is None else load + micro_load
+        slices = _slices(len(plan.batch.tokens), train.microbatch_size)
+        while some := list(islice(slices, n)):
+            deepest = [int(plan.counts[rows].max()) for rows in some]
+            parts = [(world.part(rows), plan.shares(world.part(rows), pieces, n)) for rows in some]
+            works = [
+                partial(_forward, model, plan, train, rows, pieces, most, table, shares, ring is None)
+                for (rows, shares), most in zip(parts, deepest, strict=True)
+            ]
+            if ring is None:
+                found = [works[0]()]
+            elif isinstance(ring, Conductor):
+                found = ring.together(works)
+            else:
+                visitors = zip(serve(model, ring), parts, strict=True)
+                found = [_visited(model, visitor, shares, table) for visitor, (_, shares) in visitors]
+            total = sum((each[0] for each in found[1:]), found[0][0])
+            (total if ring is None else ring.closed(total)).backward()
+            for _, micro_terms, micro_load in found:
+                terms = {name: terms[name] + value if terms else value for name, value in micro_terms.items()}
+                load = micro_load if load is None or micro_load is None else load + micro_load
     return terms, None if load is None else world.total(load)
 
 
-def _micro_step(
+Found = tuple[Tensor, dict[str, Tensor], Tensor | None]  # what to differentiate, the terms, the experts' load
+
+
+def _forward(
     model: RecurrentDepthTransformer,
     plan: Plan,
     train: TrainConfig,
@@ -126,15 +147,17 @@ def _micro_step(
     pieces: Pieces,
     deepest: int,
     table: dict[str, float],
-) -> tuple[dict[str, Tensor], Tensor | None]:
+    shares: losses.Shares,
+    alone: bool,
+) -> Found:
     """Of `rows` of the batch these `pieces`; `deepest`: the loops of the micro-batch that they are this process' part
-    of, which every process runs, with no row where it has none."""
+    of, which every process runs, with no row where it has none. Not `alone`: together with other micro-batches."""
     device = model.norm.weight.device
     tokens, labels = (to_device(x[rows][:, pieces.mine], device) for x in (plan.batch.tokens, plan.batch.labels))
     documents = None if plan.documents is None else to_device(plan.documents[rows][:, pieces.mine], device)
     key = Key(*plan.key, to_device(plan.batch.indices[rows], device))
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-        out = model(
+        out = (model if alone else model.forward)(
             tokens,
             n_loops=pieces.depth(Depth.right_aligned(plan.counts[rows], deepest)),
             documents=documents,
@@ -147,11 +170,21 @@ def _micro_step(
             exit=default_exit("act") if model.config.halting == "act" else None,  # its halted tokens stay frozen
             return_logits=False,
         )
-        shares = plan.shares(rows, pieces)
         x = losses.Inputs(model=model, train=train, labels=labels, documents=documents, key=key, out=out, shares=shares)
         total, terms = losses.total_loss(x, table)
-    total.backward()
-    return terms, None if out.routing is None else out.routing.load
+    return total, terms, None if out.routing is None else out.routing.load
+
+
+def _visited(
+    model: RecurrentDepthTransformer, visitor: Visitor, shares: losses.Shares, table: dict[str, float]
+) -> Found:
+    """The same of a stage that has some layers only: how evenly they used their experts."""
+    terms = {name: torch.zeros((), device=visitor.positions.device) for name in table}
+    total = terms["next_token"]
+    if "balance" in table:
+        balance = torch.stack(visitor.balances).sum() / visitor.n_rows * shares.loops
+        terms["balance"], total = balance.detach(), table["balance"] * balance
+    return total, terms, visitor.load(model)
 
 
 def router_metrics(load: Tensor) -> dict[str, Tensor | float]:

@@ -1,0 +1,413 @@
+"""A circular pipeline: the recurrent layers spread over stages, through which micro-batches go around once a loop.
+
+Stage 0 has prelude, coda, injection, halting and the first layers, and runs the model as ever: where its layers end,
+the state travels around the ring and comes back through the others'. So no stage waits for a last one, and with as many
+micro-batches as stages all are busy: L loops of M micro-batches take L·M + P − 1 turns of P stages (the circular
+schedule of MaxText; GPipe 1811.06965 within a loop). The other stages serve: each message says what a layer needs to
+know. Whatever is sent takes part in autograd, in the order in which it was sent, so that a backward pass on every stage
+goes the same way back.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from threading import Condition, Thread, get_ident
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ritornello.config import require
+from ritornello.model.cache import Passing
+from ritornello.model.context import Context, build_context
+from ritornello.model.layers import Pass
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops.noise import Key
+from ritornello.ops.routing import Chosen, expert_load
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a stage reads before the state itself comes: all integers. kind 0: no more calls."""
+
+    kind: int = 0
+    recomputes: int = 0
+    chain: int = 0  # which of the micro-batches on their way
+    rows: int = 0
+    tokens: int = 0
+    width: int = 0
+    dtype: int = 0
+    gradients: int = 0
+    bf16: int = 0
+    training: int = 0
+    known: int = 0  # rows that were here before; 0: a chain begins
+    loop: int = 0  # of all tokens, or -1 and -2: (rows, 1) and (rows, tokens) follow
+    running: int = 0  # 0: all, 1 and 2: (rows, 1) and (rows, tokens) follow
+    documents: int = 0  # whether those of new rows follow, after their positions
+    key: int = 0  # whether sequences of new rows follow
+    seed: int = 0
+    step: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of loop, running, positions, documents and sequences, as they follow one another."""
+        n_new = self.rows - self.known
+        widths = {0: 0, 1: 1, 2: self.tokens}
+        return [
+            self.rows * widths[max(0, -self.loop)],
+            self.rows * widths[self.running],
+            n_new * self.tokens,
+            n_new * self.tokens * self.documents,
+            n_new * self.key,
+        ]
+
+
+def divide(model: RecurrentDepthTransformer, ring: "Ring") -> None:
+    """Leave of the model what this stage has, under the names it had."""
+    stage, n = ring.stage, ring.n
+    n_layers = model.config.n_recurrent_layers
+    ok = n_layers >= n and n_layers % n == 0
+    require(ok, "parallel.pipeline", n, f"a divisor of model.n_recurrent_layers ({n_layers})")
+    own = nn.ModuleList()
+    for i in range(stage * n_layers // n, (stage + 1) * n_layers // n):
+        own._modules[str(i)] = model.recurrent[i]
+        model.recurrent[i].forward = partial(_layer, ring, model.recurrent[i].forward)  # pyrefly: ignore
+    model.recurrent = own
+    if stage:
+        for name in ("embed_tokens", "prelude_layers", "coda_layers"):
+            setattr(model, name, nn.ModuleList())
+        model.forward = lambda work: work()  # FSDP2's hooks around it copy what they can look into
+        for name in ("head", "norm", "input_norm", "injection", "carry", "anchor_norm", "probe", "halting"):
+            setattr(model, name, None)
+
+
+def _layer(ring: "Ring", forward: Callable[..., Any], x: Tensor, now: Pass) -> Any:
+    """A layer's activations are computed again by itself: around a whole loop the state would travel twice."""
+    if ring.recomputes and torch.is_grad_enabled():
+        return recompute(forward, x, now, use_reentrant=False, preserve_rng_state=False)
+    return forward(x, now)
+
+
+def everywhere(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:
+    """What every stage has and reads: the loop-index embedding, in its layers' branches."""
+    return {name: p for name, p in model.named_parameters() if name.startswith("loop_embedding")}
+
+
+@dataclass
+class Ring:
+    """The stages of one pipeline; this one's neighbours."""
+
+    group: Any
+    control: Any  # of the same processes, for messages that the host reads
+    device: torch.device
+    stage: int
+    n: int
+    recomputes: bool = False  # layers, on the way back
+    token: Tensor | None = None  # through which all that is sent hangs together
+    visitors: "dict[int, Visitor]" = field(default_factory=dict)
+    _sent: list[tuple[Any, Tensor]] = field(default_factory=list)
+
+    def closed(self, total: Tensor) -> Tensor:
+        """`total`, so that differentiating it goes back through all that was sent since the last time."""
+        token, self.token = self.token, None
+        return total if token is None else total + 0 * token.to(total)
+
+    def finish(self) -> None:
+        """Wait until all that was sent has been read."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+    def say(self, call: Call, numbers: Tensor) -> None:
+        """To the next stage."""
+        head = torch.tensor([getattr(call, each.name) for each in fields(call)])
+        for tensor in (head, numbers) if numbers.numel() else (head,):
+            self._post(tensor, 1, self.control)
+
+    def hear(self) -> tuple[Call, Tensor]:
+        """From the stage before."""
+        head = self._fetch(torch.empty(len(fields(Call)), dtype=torch.int64), -1, self.control)
+        call = Call(*head.tolist())
+        numbers = torch.empty(sum(call.lengths), dtype=torch.int64)
+        return call, self._fetch(numbers, -1, self.control) if numbers.numel() else numbers
+
+    def give(self, x: Tensor) -> None:
+        """The state to the next stage; on the way back its gradient comes from there."""
+        if torch.is_grad_enabled():
+            self.token = _Give.apply(self._token, x, self)
+        else:
+            self.post(x, 1)
+
+    def take(self, like: Tensor) -> Tensor:
+        """The state from the stage before; on the way back its gradient goes there."""
+        if not torch.is_grad_enabled():
+            return self.fetch(like, -1)
+        self.token, x = _Take.apply(self._token, like, self)
+        return x
+
+    @property
+    def _token(self) -> Tensor:
+        return torch.zeros((), requires_grad=True) if self.token is None else self.token
+
+    def post(self, x: Tensor, way: int) -> None:
+        if x.numel():
+            self._post(x.detach().contiguous(), way, self.group)
+
+    def fetch(self, like: Tensor, way: int) -> Tensor:
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return self._fetch(x, way, self.group) if x.numel() else x
+
+    def _post(self, x: Tensor, way: int, group: Any) -> None:
+        self._sent.append((dist.isend(x, group=group, group_dst=(self.stage + way) % self.n), x))
+
+    def _fetch(self, x: Tensor, way: int, group: Any) -> Tensor:
+        dist.recv(x, group=group, group_src=(self.stage + way) % self.n)
+        return x
+
+
+class _Give(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, x: Tensor, ring: Ring) -> Tensor:
+        ctx.ring, ctx.like = ring, x.detach()[:0].new_empty(x.shape, device="meta")
+        ring.post(x, 1)
+        return token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore
+        return grads[0], ctx.ring.fetch(torch.empty_like(ctx.like, device=ctx.ring.device), 1), None
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, like: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+        ctx.ring = ring
+        return token.clone(), ring.fetch(like, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:  # pyrefly: ignore
+        ctx.ring.post(grads[1], -1)
+        return grads[0], None, None
+
+
+class Turns:
+    """Threads of which one runs at a time, each until it passes its turn on to the next that is not done."""
+
+    def __init__(self, n: int) -> None:
+        self._waiting, self._now = list(range(n)), 0
+        self._changed = Condition()
+
+    def wait(self, who: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting[self._now] == who)
+
+    def next(self, who: int, *, done: bool = False) -> None:
+        with self._changed:
+            assert self._waiting[self._now] == who
+            if done:
+                self._waiting.pop(self._now)
+            else:
+                self._now += 1
+            self._now = self._now % len(self._waiting) if self._waiting else 0
+            self._changed.notify_all()
+
+
+@dataclass
+class Chain:
+    """A micro-batch on its way, at stage 0."""
+
+    index: int = 0
+    turns: Turns | None = None
+    known: int = 0
+
+
+class Conductor(Ring):
+    """Stage 0's part: sends what its last layer gives around the ring."""
+
+    def lead(self, model: RecurrentDepthTransformer) -> None:
+        """The model's loop goes around from now on."""
+        self.model = model
+        forward = model.forward
+        model.forward = lambda *args, **how: args[0]() if args and callable(args[0]) else forward(*args, **how)
+        self._chains: dict[int, Chain] = {}  # by thread
+        model.iterate = self._iterate  # pyrefly: ignore
+        last = list(model.recurrent)[-1]
+        last.register_forward_hook(lambda _, inputs, found: (self._around(found[0], inputs[1]), found[1]))
+
+    def _iterate(self, e: Tensor, context: Context, run: Any) -> Iterator[Any]:
+        self._chain.known = 0
+        self.recomputes = run.checkpoint
+        # tokens that leave the batch would have to be named to every stage
+        run = replace(run, checkpoint=False, compact=False)
+        yield from type(self.model).iterate(self.model, e, context, run)
+
+    @property
+    def _chain(self) -> Chain:
+        return self._chains.setdefault(get_ident(), Chain())
+
+    def _around(self, x: Tensor, now: Pass) -> Tensor:
+        """x (m, T, D) through the layers of all other stages."""
+        chain = self._chain
+        self.say(*_described(x, now, chain, self.model.training, self.recomputes))
+        chain.known = len(x)
+        self.give(x)
+        if chain.turns is not None:
+            chain.turns.next(chain.index)
+            chain.turns.wait(chain.index)
+        return self.take(x)
+
+    def together(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What each of some calls of `model.forward` returns, which take turns while their states are on their way.
+
+        FSDP2's hooks surround all of them together: it does not know of passes that overlap.
+        """
+        return self.model(partial(self._threads, works))
+
+    def _threads(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        turns, found, errors = Turns(len(works)), [None] * len(works), []
+
+        def run(i: int) -> None:
+            self._chains[get_ident()] = Chain(i, turns)
+            turns.wait(i)
+            try:
+                found[i] = works[i]()
+            except BaseException as error:  # noqa: BLE001 - raised again by who waits for this thread
+                errors.append(error)
+            finally:
+                self._chains.pop(get_ident())
+                turns.next(i, done=True)
+
+        threads = [Thread(target=run, args=(i,)) for i in range(len(works))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.dismiss()
+        if errors:
+            raise errors[0]
+        return found
+
+    def dismiss(self) -> None:
+        """No more calls."""
+        self.say(Call(), torch.empty(0, dtype=torch.int64))
+
+
+def _described(x: Tensor, now: Pass, chain: Chain, training: bool, recomputes: bool) -> tuple[Call, Tensor]:
+    c, new = now.context, slice(chain.known, None)
+    assert c.some is None and not c.exact
+    sequences = None if c.key is None else c.key.sequences
+    tensors = [now.loop, now.running, c.positions[new], None if c.documents is None else c.documents[new]]
+    tensors.append(None if sequences is None else sequences[new])
+    numbers = [t.reshape(-1).to("cpu", torch.int64) for t in tensors if isinstance(t, Tensor)]
+    call = Call(
+        kind=1,
+        chain=chain.index,
+        rows=x.shape[0],
+        tokens=x.shape[1],
+        width=x.shape[2],
+        dtype=TYPES.index(x.dtype),
+        gradients=int(torch.is_grad_enabled()),
+        bf16=int(torch.is_autocast_enabled(x.device.type)),
+        training=int(training),
+        recomputes=int(recomputes),
+        known=chain.known,
+        loop=now.loop if isinstance(now.loop, int) else -1 if now.loop.shape[1] == 1 else -2,
+        running=0 if now.running is None else 1 if now.running.shape[1] == 1 else 2,
+        documents=int(c.documents is not None),
+        key=int(sequences is not None),
+        seed=0 if c.key is None else c.key.seed,
+        step=0 if c.key is None else c.key.step,
+    )
+    return call, torch.cat(numbers)
+
+
+@dataclass
+class Visitor:
+    """A micro-batch on its way, at another stage: what its tokens are, and what has become of them here."""
+
+    positions: Tensor
+    documents: Tensor | None
+    key: Key | None
+    entries: dict[int, Tensor] | None = None
+    context: Context | None = None
+    routed: list[Chosen] = field(default_factory=list)
+    balances: list[Tensor] = field(default_factory=list)
+    n_rows: int = 0
+
+    def load(self, model: RecurrentDepthTransformer) -> Tensor | None:
+        """(n_loops, R, E), see `Routing`: of the layers that are here."""
+        c, places = model.config, [int(name) for name, _ in model.recurrent.named_children()]
+        if c.ffn != "moe":
+            return None
+        found = torch.zeros(
+            c.n_loops, c.n_recurrent_layers, c.n_experts, dtype=torch.int64, device=self.positions.device
+        )
+        found[:, places] = expert_load((c.n_loops, len(places), c.n_experts), self.routed)
+        return found
+
+
+def serve(model: RecurrentDepthTransformer, ring: Ring) -> list[Visitor]:
+    """Do what stage 0 asks for, until it asks for no more: the micro-batches that came, in order."""
+    ring.visitors = {}
+    while True:
+        call, numbers = ring.hear()
+        if ring.stage + 1 < ring.n:
+            ring.say(call, numbers)
+        if not call.kind:
+            return [ring.visitors[i] for i in sorted(ring.visitors)]
+        ring.recomputes = bool(call.recomputes)
+        if model.training != bool(call.training):
+            model.train(bool(call.training))
+        where, bf16 = ring.device.type, bool(call.bf16)
+        with torch.set_grad_enabled(bool(call.gradients)), torch.autocast(where, torch.bfloat16, enabled=bf16):
+            model(partial(receive, model, ring, call, numbers.to(ring.device)))
+
+
+def receive(model: RecurrentDepthTransformer, ring: Ring, call: Call, numbers: Tensor) -> None:
+    """One call at another stage than 0."""
+    loops, running, positions, documents, sequences = numbers.split(call.lengths)
+    before = ring.visitors[call.chain] if call.known else None
+    visitor = ring.visitors[call.chain] = _grown(before, call, positions, documents, sequences)
+    x = ring.take(torch.empty(call.rows, call.tokens, call.width, dtype=TYPES[call.dtype], device=ring.device))
+    if visitor.context is None:
+        visitor.context = build_context(
+            model.config, x, positions=visitor.positions, documents=visitor.documents, key=visitor.key
+        )
+    loop = call.loop if call.loop >= 0 else loops.view(call.rows, -1)
+    some = running.view(call.rows, -1).bool() if call.running else None
+    last = model.config.n_loops - 1
+    table = min(loop, last) if isinstance(loop, int) else loop.clamp(max=last)
+    kv = Passing(visitor.entries, share_first=model.config.kv_sharing == "first")
+    now = Pass(loop, table, visitor.context, kv, some, model._shift(table))
+    routed = []
+    for layer in model.recurrent:
+        x, layer_routed = layer(x, now)
+        if layer_routed is not None:
+            routed.append(layer_routed)
+    ring.give(x)
+    visitor.entries = kv.entries
+    visitor.routed.append((loop, [each.indices for each in routed], (some, visitor.context.real())))
+    found = [each.balance for each in routed if each.balance.requires_grad]
+    visitor.balances += [call.rows * each for each in found]
+    visitor.n_rows += call.rows * len(found)
+
+
+def _grown(visitor: Visitor | None, call: Call, positions: Tensor, documents: Tensor, sequences: Tensor) -> Visitor:
+    """With the rows that join in this call."""
+    places = positions.view(-1, call.tokens)
+    ids = documents.view(-1, call.tokens) if call.documents else None
+    key = Key(call.seed, call.step, sequences) if call.key else None
+    if visitor is None:
+        return Visitor(places, ids, key)
+    if len(places):
+        visitor.positions = torch.cat((visitor.positions, places))
+        visitor.documents = None if ids is None or visitor.documents is None else torch.cat((visitor.documents, ids))
+        if key is not None and visitor.key is not None and visitor.key.sequences is not None:
+            visitor.key = replace(key, sequences=torch.cat((visitor.key.sequences, sequences)))
+        entries = visitor.entries or {}
+        visitor.entries = {i: torch.cat((x, x.new_zeros(len(places), *x.shape[1:]))) for i, x in entries.items()}
+        visitor.context = None
+    return visitor
