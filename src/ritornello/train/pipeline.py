@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ritornello.config import require
 from ritornello.model.cache import Passing
-from ritornello.model.context import Context, build_context
+from ritornello.model.context import Context
 from ritornello.model.layers import Pass
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
@@ -47,20 +47,19 @@ class Call:
     known: int = 0  # rows that were here before; 0: a chain begins
     loop: int = 0  # of all tokens, or -1 and -2: (rows, 1) and (rows, tokens) follow
     running: int = 0  # 0: all, 1 and 2: (rows, 1) and (rows, tokens) follow
-    documents: int = 0  # whether those of new rows follow, after their positions
+    documents: int = 0  # whether those of new rows follow
     key: int = 0  # whether sequences of new rows follow
     seed: int = 0
     step: int = 0
 
     @property
     def lengths(self) -> list[int]:
-        """Of loop, running, positions, documents and sequences, as they follow one another."""
+        """Of loop, running, documents and sequences, as they follow one another."""
         n_new = self.rows - self.known
         widths = {0: 0, 1: 1, 2: self.tokens}
         return [
             self.rows * widths[max(0, -self.loop)],
             self.rows * widths[self.running],
-            n_new * self.tokens,
             n_new * self.tokens * self.documents,
             n_new * self.key,
         ]
@@ -299,9 +298,8 @@ def _described(x: Tensor, now: Pass, chain: Chain, training: bool, recomputes: b
     c, new = now.context, slice(chain.known, None)
     assert c.some is None and not c.exact
     sequences = None if c.key is None else c.key.sequences
-    tensors = [now.loop, now.running, c.positions[new], None if c.documents is None else c.documents[new]]
-    tensors.append(None if sequences is None else sequences[new])
-    numbers = [t.reshape(-1).to("cpu", torch.int64) for t in tensors if isinstance(t, Tensor)]
+    rows = [None if t is None else t[new] for t in (c.documents, sequences)]
+    numbers = [t.reshape(-1).to("cpu", torch.int64) for t in (now.loop, now.running, *rows) if isinstance(t, Tensor)]
     call = Call(
         kind=1,
         chain=chain.index,
@@ -321,14 +319,13 @@ def _described(x: Tensor, now: Pass, chain: Chain, training: bool, recomputes: b
         seed=0 if c.key is None else c.key.seed,
         step=0 if c.key is None else c.key.step,
     )
-    return call, torch.cat(numbers)
+    return call, torch.cat(numbers) if numbers else torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
 class Visitor:
     """A micro-batch on its way, at another stage: what its tokens are, and what has become of them here."""
 
-    positions: Tensor
     documents: Tensor | None
     key: Key | None
     entries: dict[int, Tensor] | None = None
@@ -337,14 +334,12 @@ class Visitor:
     balances: list[Tensor] = field(default_factory=list)
     n_rows: int = 0
 
-    def load(self, model: RecurrentDepthTransformer) -> Tensor | None:
+    def load(self, model: RecurrentDepthTransformer, device: torch.device) -> Tensor | None:
         """(n_loops, R, E), see `Routing`: of the layers that are here."""
         c, places = model.config, [int(name) for name, _ in model.recurrent.named_children()]
         if c.ffn != "moe":
             return None
-        found = torch.zeros(
-            c.n_loops, c.n_recurrent_layers, c.n_experts, dtype=torch.int64, device=self.positions.device
-        )
+        found = torch.zeros(c.n_loops, c.n_recurrent_layers, c.n_experts, dtype=torch.int64, device=device)
         found[:, places] = expert_load((c.n_loops, len(places), c.n_experts), self.routed)
         return found
 
@@ -368,14 +363,12 @@ def serve(model: RecurrentDepthTransformer, ring: Ring) -> list[Visitor]:
 
 def receive(model: RecurrentDepthTransformer, ring: Ring, call: Call, numbers: Tensor) -> None:
     """One call at another stage than 0."""
-    loops, running, positions, documents, sequences = numbers.split(call.lengths)
+    loops, running, documents, sequences = numbers.split(call.lengths)
     before = ring.visitors[call.chain] if call.known else None
-    visitor = ring.visitors[call.chain] = _grown(before, call, positions, documents, sequences)
+    visitor = ring.visitors[call.chain] = _grown(before, call, documents, sequences)
     x = ring.take(torch.empty(call.rows, call.tokens, call.width, dtype=TYPES[call.dtype], device=ring.device))
     if visitor.context is None:
-        visitor.context = build_context(
-            model.config, x, positions=visitor.positions, documents=visitor.documents, key=visitor.key
-        )
+        visitor.context = model.context(x, documents=visitor.documents, key=visitor.key)
     loop = call.loop if call.loop >= 0 else loops.view(call.rows, -1)
     some = running.view(call.rows, -1).bool() if call.running else None
     last = model.config.n_loops - 1
@@ -395,19 +388,18 @@ def receive(model: RecurrentDepthTransformer, ring: Ring, call: Call, numbers: T
     visitor.n_rows += call.rows * len(found)
 
 
-def _grown(visitor: Visitor | None, call: Call, positions: Tensor, documents: Tensor, sequences: Tensor) -> Visitor:
+def _grown(visitor: Visitor | None, call: Call, documents: Tensor, sequences: Tensor) -> Visitor:
     """With the rows that join in this call."""
-    places = positions.view(-1, call.tokens)
     ids = documents.view(-1, call.tokens) if call.documents else None
     key = Key(call.seed, call.step, sequences) if call.key else None
+    n_new = call.rows - call.known
     if visitor is None:
-        return Visitor(places, ids, key)
-    if len(places):
-        visitor.positions = torch.cat((visitor.positions, places))
+        return Visitor(ids, key)
+    if n_new:
+        visitor.context = None
         visitor.documents = None if ids is None or visitor.documents is None else torch.cat((visitor.documents, ids))
         if key is not None and visitor.key is not None and visitor.key.sequences is not None:
             visitor.key = replace(key, sequences=torch.cat((visitor.key.sequences, sequences)))
         entries = visitor.entries or {}
-        visitor.entries = {i: torch.cat((x, x.new_zeros(len(places), *x.shape[1:]))) for i, x in entries.items()}
-        visitor.context = None
+        visitor.entries = {i: torch.cat((x, x.new_zeros(n_new, *x.shape[1:]))) for i, x in entries.items()}
     return visitor

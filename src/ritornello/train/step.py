@@ -127,7 +127,7 @@ def accumulate(
                 found = ring.together(works)
             else:
                 visitors = zip(serve(model, ring), parts, strict=True)
-                found = [_visited(model, visitor, shares, table) for visitor, (_, shares) in visitors]
+                found = [_visited(model, visitor, shares, table, world.device) for visitor, (_, shares) in visitors]
             total = sum((each[0] for each in found[1:]), found[0][0])
             (total if ring is None else ring.closed(total)).backward()
             for _, micro_terms, micro_load in found:
@@ -176,15 +176,19 @@ def _forward(
 
 
 def _visited(
-    model: RecurrentDepthTransformer, visitor: Visitor, shares: losses.Shares, table: dict[str, float]
+    model: RecurrentDepthTransformer,
+    visitor: Visitor,
+    shares: losses.Shares,
+    table: dict[str, float],
+    device: torch.device,
 ) -> Found:
     """The same of a stage that has some layers only: how evenly they used their experts."""
-    terms = {name: torch.zeros((), device=visitor.positions.device) for name in table}
+    terms = {name: torch.zeros((), device=device) for name in table}
     total = terms["next_token"]
     if "balance" in table:
         balance = torch.stack(visitor.balances).sum() / visitor.n_rows * shares.loops
         terms["balance"], total = balance.detach(), table["balance"] * balance
-    return total, terms, visitor.load(model)
+    return total, terms, visitor.load(model, device)
 
 
 def router_metrics(load: Tensor) -> dict[str, Tensor | float]:
