@@ -6,11 +6,11 @@ the whole batch has. Gradients are then added up, never averaged, and every proc
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from ritornello.train import context_parallel, expert_parallel, pipeline, tensor
 if TYPE_CHECKING:  # a second to import: one process alone does without
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 PATIENCE = timedelta(minutes=30)  # with one that writes a checkpoint; one that died is noticed at once by its socket
 
@@ -38,7 +39,7 @@ class World:
     n_context: int = 1  # processes that share out the tokens of the same rows
     n_tensor: int = 1  # processes, next to each other, that read the same tokens
     meshes: "Meshes | None" = None
-    ring: pipeline.Ring | None = None
+    ring: pipeline.Stage | None = None
 
     @property
     def n_peers(self) -> int:
@@ -167,9 +168,20 @@ class World:
             self.ring.finish()
 
     def share(self, module: nn.Module) -> None:
-        """What every process holds whole of `module` becomes the first one's."""
-        for parameter in module.parameters() if self.size > 1 else ():
-            dist.broadcast(parameter.data, 0)
+        """What every process of the first stage holds whole of `module` becomes the first one's."""
+        if self.meshes is not None:
+            group = self.meshes.stages["stage"].get_group()
+            for parameter in module.parameters():
+                dist.broadcast(parameter.data, 0, group=group)
+
+    def led(self, model: RecurrentDepthTransformer, work: Callable[[], T]) -> T | None:
+        """What `work`, which runs the model, gives where the first stage does it; the others serve, and have None."""
+        if self.ring is None:
+            return work()
+        try:
+            return self.ring.led(model, work)
+        finally:
+            self.ring.finish()
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
@@ -279,7 +291,7 @@ def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
     )
 
 
-def _ring(cut: Meshes, device: torch.device) -> pipeline.Ring:
+def _ring(cut: Meshes, device: torch.device) -> pipeline.Stage:
     """The stages that this process hands states to and gets them from."""
     group = cut.stages["pipeline"].get_group()
     control = group
@@ -287,7 +299,7 @@ def _ring(cut: Meshes, device: torch.device) -> pipeline.Ring:
         ranks = cut.stages.mesh.T.tolist()
         control = [dist.new_group(some, backend="gloo") for some in ranks][dist.get_rank() % len(ranks)]
     stage, n = dist.get_rank(group), dist.get_world_size(group)
-    return (pipeline.Ring if stage else pipeline.Conductor)(group, control, device, stage, n)
+    return (pipeline.Stage if stage else pipeline.Conductor)(group, control, device, stage, n)
 
 
 def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:

@@ -4,18 +4,16 @@ Stage 0 has prelude, coda, injection, halting and the first layers, and runs the
 the state travels around the ring and comes back through the others'. So no stage waits for a last one, and with as many
 micro-batches as stages all are busy: L loops of M micro-batches take L·M + P − 1 turns of P stages (the circular
 schedule of MaxText; GPipe 1811.06965 within a loop). The other stages serve: each message says what a layer needs to
-know. Whatever is sent takes part in autograd, in the order in which it was sent, so that a backward pass on every stage
-goes the same way back.
+know.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Condition, Thread, get_ident
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -26,67 +24,30 @@ from ritornello.model.layers import Pass
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
 from ritornello.ops.routing import Chosen, expert_load
-
-TYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a stage reads before the state itself comes: all integers. kind 0: no more calls."""
-
-    kind: int = 0
-    recomputes: int = 0
-    chain: int = 0  # which of the micro-batches on their way
-    rows: int = 0
-    tokens: int = 0
-    width: int = 0
-    dtype: int = 0
-    gradients: int = 0
-    bf16: int = 0
-    training: int = 0
-    known: int = 0  # rows that were here before; 0: a chain begins
-    loop: int = 0  # of all tokens, or -1 and -2: (rows, 1) and (rows, tokens) follow
-    running: int = 0  # 0: all, 1 and 2: (rows, 1) and (rows, tokens) follow
-    documents: int = 0  # whether those of new rows follow
-    key: int = 0  # whether sequences of new rows follow
-    seed: int = 0
-    step: int = 0
-
-    @property
-    def lengths(self) -> list[int]:
-        """Of loop, running, documents and sequences, as they follow one another."""
-        n_new = self.rows - self.known
-        widths = {0: 0, 1: 1, 2: self.tokens}
-        return [
-            self.rows * widths[max(0, -self.loop)],
-            self.rows * widths[self.running],
-            n_new * self.tokens * self.documents,
-            n_new * self.key,
-        ]
+from ritornello.train.ring import TYPES, Call, Ring
 
 
-def divide(model: RecurrentDepthTransformer, ring: "Ring") -> None:
+def divide(model: RecurrentDepthTransformer, stage: "Stage") -> None:
     """Leave of the model what this stage has, under the names it had."""
-    stage, n = ring.stage, ring.n
-    n_layers = model.config.n_recurrent_layers
+    n, n_layers = stage.n, model.config.n_recurrent_layers
     ok = n_layers >= n and n_layers % n == 0
     require(ok, "parallel.pipeline", n, f"a divisor of model.n_recurrent_layers ({n_layers})")
     own = nn.ModuleList()
-    for i in range(stage * n_layers // n, (stage + 1) * n_layers // n):
+    for i in range(stage.stage * n_layers // n, (stage.stage + 1) * n_layers // n):
         own._modules[str(i)] = model.recurrent[i]
-        model.recurrent[i].forward = partial(_layer, ring, model.recurrent[i].forward)  # pyrefly: ignore
+        model.recurrent[i].forward = partial(_layer, stage, model.recurrent[i].forward)  # pyrefly: ignore
     model.recurrent = own
-    if stage:
+    if stage.stage:
         for name in ("embed_tokens", "prelude_layers", "coda_layers"):
             setattr(model, name, nn.ModuleList())
-        model.forward = lambda work: work()  # FSDP2's hooks around it copy what they can look into
+        model.forward = lambda work: work()  # pyrefly: ignore  # opaque: FSDP2's hooks copy what they can look into
         for name in ("head", "norm", "input_norm", "injection", "carry", "anchor_norm", "probe", "halting"):
             setattr(model, name, None)
 
 
-def _layer(ring: "Ring", forward: Callable[..., Any], x: Tensor, now: Pass) -> Any:
+def _layer(stage: "Stage", forward: Callable[..., Any], x: Tensor, now: Pass) -> Any:
     """A layer's activations are computed again by itself: around a whole loop the state would travel twice."""
-    if ring.recomputes and torch.is_grad_enabled():
+    if stage.recomputes and torch.is_grad_enabled():
         return recompute(forward, x, now, use_reentrant=False, preserve_rng_state=False)
     return forward(x, now)
 
@@ -94,102 +55,6 @@ def _layer(ring: "Ring", forward: Callable[..., Any], x: Tensor, now: Pass) -> A
 def everywhere(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:
     """What every stage has and reads: the loop-index embedding, in its layers' branches."""
     return {name: p for name, p in model.named_parameters() if name.startswith("loop_embedding")}
-
-
-@dataclass
-class Ring:
-    """The stages of one pipeline; this one's neighbours."""
-
-    group: Any
-    control: Any  # of the same processes, for messages that the host reads
-    device: torch.device
-    stage: int
-    n: int
-    recomputes: bool = False  # layers, on the way back
-    token: Tensor | None = None  # through which all that is sent hangs together
-    visitors: "dict[int, Visitor]" = field(default_factory=dict)
-    _sent: list[tuple[Any, Tensor]] = field(default_factory=list)
-
-    def closed(self, total: Tensor) -> Tensor:
-        """`total`, so that differentiating it goes back through all that was sent since the last time."""
-        token, self.token = self.token, None
-        return total if token is None else total + 0 * token.to(total)
-
-    def finish(self) -> None:
-        """Wait until all that was sent has been read."""
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
-
-    def say(self, call: Call, numbers: Tensor) -> None:
-        """To the next stage."""
-        head = torch.tensor([getattr(call, each.name) for each in fields(call)])
-        for tensor in (head, numbers) if numbers.numel() else (head,):
-            self._post(tensor, 1, self.control)
-
-    def hear(self) -> tuple[Call, Tensor]:
-        """From the stage before."""
-        head = self._fetch(torch.empty(len(fields(Call)), dtype=torch.int64), -1, self.control)
-        call = Call(*head.tolist())
-        numbers = torch.empty(sum(call.lengths), dtype=torch.int64)
-        return call, self._fetch(numbers, -1, self.control) if numbers.numel() else numbers
-
-    def give(self, x: Tensor) -> None:
-        """The state to the next stage; on the way back its gradient comes from there."""
-        if torch.is_grad_enabled():
-            self.token = _Give.apply(self._token, x, self)
-        else:
-            self.post(x, 1)
-
-    def take(self, like: Tensor) -> Tensor:
-        """The state from the stage before; on the way back its gradient goes there."""
-        if not torch.is_grad_enabled():
-            return self.fetch(like, -1)
-        self.token, x = _Take.apply(self._token, like, self)
-        return x
-
-    @property
-    def _token(self) -> Tensor:
-        return torch.zeros((), requires_grad=True) if self.token is None else self.token
-
-    def post(self, x: Tensor, way: int) -> None:
-        if x.numel():
-            self._post(x.detach().contiguous(), way, self.group)
-
-    def fetch(self, like: Tensor, way: int) -> Tensor:
-        x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        return self._fetch(x, way, self.group) if x.numel() else x
-
-    def _post(self, x: Tensor, way: int, group: Any) -> None:
-        self._sent.append((dist.isend(x, group=group, group_dst=(self.stage + way) % self.n), x))
-
-    def _fetch(self, x: Tensor, way: int, group: Any) -> Tensor:
-        dist.recv(x, group=group, group_src=(self.stage + way) % self.n)
-        return x
-
-
-class _Give(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, x: Tensor, ring: Ring) -> Tensor:
-        ctx.ring, ctx.like = ring, x.detach()[:0].new_empty(x.shape, device="meta")
-        ring.post(x, 1)
-        return token.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore
-        return grads[0], ctx.ring.fetch(torch.empty_like(ctx.like, device=ctx.ring.device), 1), None
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, like: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
-        ctx.ring = ring
-        return token.clone(), ring.fetch(like, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:  # pyrefly: ignore
-        ctx.ring.post(grads[1], -1)
-        return grads[0], None, None
 
 
 class Turns:
@@ -223,13 +88,24 @@ class Chain:
     known: int = 0
 
 
-class Conductor(Ring):
-    """Stage 0's part: sends what its last layer gives around the ring."""
+class Stage(Ring):
+    """A stage after the first: does what stage 0 asks for."""
+
+    recomputes = False  # layers, on the way back
+    visitors: "dict[int, Visitor]"
+
+    def led(self, model: RecurrentDepthTransformer, work: Callable[[], Any]) -> Any:
+        """Serve while stage 0 does `work`, whose result is there."""
+        serve(model, self)
+
+
+class Conductor(Stage):
+    """Stage 0: sends what its last layer gives around the ring."""
 
     def lead(self, model: RecurrentDepthTransformer) -> None:
         """The model's loop goes around from now on."""
         self.model = model
-        forward = model.forward
+        forward: Any = model.forward
         model.forward = lambda *args, **how: args[0]() if args and callable(args[0]) else forward(*args, **how)
         self._chains: dict[int, Chain] = {}  # by thread
         model.iterate = self._iterate  # pyrefly: ignore
@@ -289,6 +165,13 @@ class Conductor(Ring):
             raise errors[0]
         return found
 
+    def led(self, model: RecurrentDepthTransformer, work: Callable[[], Any]) -> Any:
+        """What `work` gives, which runs the model; the other stages serve until then."""
+        try:
+            return work()
+        finally:
+            self.dismiss()
+
     def dismiss(self) -> None:
         """No more calls."""
         self.say(Call(), torch.empty(0, dtype=torch.int64))
@@ -344,7 +227,7 @@ class Visitor:
         return found
 
 
-def serve(model: RecurrentDepthTransformer, ring: Ring) -> list[Visitor]:
+def serve(model: RecurrentDepthTransformer, ring: Stage) -> list[Visitor]:
     """Do what stage 0 asks for, until it asks for no more: the micro-batches that came, in order."""
     ring.visitors = {}
     while True:
@@ -361,7 +244,7 @@ def serve(model: RecurrentDepthTransformer, ring: Ring) -> list[Visitor]:
             model(partial(receive, model, ring, call, numbers.to(ring.device)))
 
 
-def receive(model: RecurrentDepthTransformer, ring: Ring, call: Call, numbers: Tensor) -> None:
+def receive(model: RecurrentDepthTransformer, ring: Stage, call: Call, numbers: Tensor) -> None:
     """One call at another stage than 0."""
     loops, running, documents, sequences = numbers.split(call.lengths)
     before = ring.visitors[call.chain] if call.known else None

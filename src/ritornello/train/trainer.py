@@ -158,7 +158,8 @@ class Trainer:
         if last and self._fits_gate:
             self._fit_gate()
         if last or self.step % config.eval_every == 0:
-            self._report({**self.evaluate().metrics(), **self._peak})
+            found = self.evaluate()
+            self._report({**(found.metrics() if found else {}), **self._peak})
         if last or self.step % config.save_every == 0:
             self.save()
 
@@ -179,8 +180,8 @@ class Trainer:
         self.guard.done(float(measured["loss"]), float(measured["grad_norm"]))
         return measured
 
-    def evaluate(self) -> Evaluation:
-        """Bits per byte on `eval_batches` batches of validation text, at `eval_loops`."""
+    def evaluate(self) -> Evaluation | None:
+        """Bits per byte on `eval_batches` batches of validation text, at `eval_loops`; None: another stage finds it."""
         config = self.recipe.train
         exit = default_exit(self.recipe.model.halting)
         if self._fits_gate and self.step < config.steps:
@@ -190,7 +191,7 @@ class Trainer:
         batches = rows.evaluation(config.batch_size // n_batches, config.eval_batches * n_batches)
         how: Any = {"loops": config.eval_loops, "exit": exit, "bf16": config.precision == "bf16"}
         with self.world.gathered(self.model):  # every process reads the same, so that all stop after the same loop
-            return evaluate(self.model, batches, **how)
+            return self.world.led(self.model, lambda: evaluate(self.model, batches, **how))
 
     def save(self) -> None:
         """A checkpoint of this moment."""
@@ -258,7 +259,7 @@ class Trainer:
     @property
     def _peak(self) -> dict[str, float]:
         """Memory at its largest so far, where that is known."""
-        n_bytes = peak_memory(self.model.norm.weight.device)
+        n_bytes = peak_memory(self.world.device)
         return {"peak_mb": round(n_bytes / 1e6, 1)} if n_bytes else {}
 
     def _fit_gate(self) -> None:
@@ -267,9 +268,11 @@ class Trainer:
         parts = self.world.parts(rows)  # no more at once than in training
         after = (batches.batch(self.step + i, part) for i in range(GATE_BATCHES) for part in parts)
         with self.world.gathered(self.model):
-            found = fit_gate(self.model, after, n_loops=config.max_loops, seed=config.seed)
-        self.world.share(self.model.halting)
-        self._report(found)
+            how: Any = {"n_loops": config.max_loops, "seed": config.seed}
+            found = self.world.led(self.model, lambda: fit_gate(self.model, after, **how))
+        if found is not None:
+            self.world.share(self.model.halting)
+            self._report(found)
 
     def _log(self, metrics: dict[str, float], batch: Batch) -> None:
         bits = metrics["loss"] / math.log(2) * int((batch.labels != NO_LABEL).sum())

@@ -1,0 +1,146 @@
+"""The ring of a pipeline's stages, and what travels on it: messages for the host, states, and on the way back gradients.
+
+States that are sent take part in autograd, in the order in which they were sent: one token goes through every sending and
+taking of a stage, so a backward pass undoes them in exactly the reverse order, and no stage waits for one that waits.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a stage reads before the state itself comes: all integers. kind 0: no more calls."""
+
+    kind: int = 0
+    recomputes: int = 0
+    chain: int = 0  # which of the micro-batches on their way
+    rows: int = 0
+    tokens: int = 0
+    width: int = 0
+    dtype: int = 0
+    gradients: int = 0
+    bf16: int = 0
+    training: int = 0
+    known: int = 0  # rows that were here before; 0: a chain begins
+    loop: int = 0  # of all tokens, or -1 and -2: (rows, 1) and (rows, tokens) follow
+    running: int = 0  # 0: all, 1 and 2: (rows, 1) and (rows, tokens) follow
+    documents: int = 0  # whether those of new rows follow
+    key: int = 0  # whether sequences of new rows follow
+    seed: int = 0
+    step: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of loop, running, documents and sequences, as they follow one another."""
+        n_new = self.rows - self.known
+        widths = {0: 0, 1: 1, 2: self.tokens}
+        return [
+            self.rows * widths[max(0, -self.loop)],
+            self.rows * widths[self.running],
+            n_new * self.tokens * self.documents,
+            n_new * self.key,
+        ]
+
+
+@dataclass
+class Ring:
+    """The stages of one pipeline; this one's neighbours."""
+
+    group: Any
+    control: Any  # of the same processes, for messages that the host reads
+    device: torch.device
+    stage: int
+    n: int
+    token: Tensor | None = None  # through which all that is sent hangs together
+    _sent: deque[tuple[Any, Tensor]] = field(default_factory=deque)
+
+    def closed(self, total: Tensor) -> Tensor:
+        """`total`, so that differentiating it goes back through all that was sent since the last time."""
+        token, self.token = self.token, None
+        return total if token is None else total + 0 * token.to(total)
+
+    def finish(self) -> None:
+        """Wait until all that was sent has been read."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+    def say(self, call: Call, numbers: Tensor) -> None:
+        """To the next stage."""
+        head = torch.tensor([getattr(call, each.name) for each in fields(call)])
+        for tensor in (head, numbers) if numbers.numel() else (head,):
+            self._post(tensor, 1, self.control)
+
+    def hear(self) -> tuple[Call, Tensor]:
+        """From the stage before."""
+        head = self._fetch(torch.empty(len(fields(Call)), dtype=torch.int64), -1, self.control)
+        call = Call(*head.tolist())
+        numbers = torch.empty(sum(call.lengths), dtype=torch.int64)
+        return call, self._fetch(numbers, -1, self.control) if numbers.numel() else numbers
+
+    def give(self, x: Tensor) -> None:
+        """The state to the next stage; on the way back its gradient comes from there."""
+        if torch.is_grad_enabled():
+            self.token = _Give.apply(self._token, x, self)
+        else:
+            self.post(x, 1)
+
+    def take(self, like: Tensor) -> Tensor:
+        """The state from the stage before; on the way back its gradient goes there."""
+        if not torch.is_grad_enabled():
+            return self.fetch(like, -1)
+        self.token, x = _Take.apply(self._token, like, self)
+        return x
+
+    @property
+    def _token(self) -> Tensor:
+        return torch.zeros((), requires_grad=True) if self.token is None else self.token
+
+    def post(self, x: Tensor, way: int) -> None:
+        if x.numel():
+            self._post(x.detach().contiguous(), way, self.group)
+
+    def fetch(self, like: Tensor, way: int) -> Tensor:
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return self._fetch(x, way, self.group) if x.numel() else x
+
+    def _post(self, x: Tensor, way: int, group: Any) -> None:
+        while len(self._sent) > 8 * self.n + 8:  # long read: a round of every stage's is less
+            self._sent.popleft()[0].wait()
+        self._sent.append((dist.isend(x, group=group, group_dst=(self.stage + way) % self.n), x))
+
+    def _fetch(self, x: Tensor, way: int, group: Any) -> Tensor:
+        dist.recv(x, group=group, group_src=(self.stage + way) % self.n)
+        return x
+
+
+class _Give(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, x: Tensor, ring: Ring) -> Tensor:
+        ctx.ring, ctx.like = ring, x.detach()[:0].new_empty(x.shape, device="meta")
+        ring.post(x, 1)
+        return token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore
+        return grads[0], ctx.ring.fetch(torch.empty_like(ctx.like, device=ctx.ring.device), 1), None
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, like: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+        ctx.ring = ring
+        return token.clone(), ring.fetch(like, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:  # pyrefly: ignore
+        ctx.ring.post(grads[1], -1)
+        return grads[0], None, None
