@@ -1,7 +1,7 @@
 """The ring of a pipeline's stages, and what travels on it: messages, states, and on the way back gradients.
 
-States that are sent take part in autograd in the order in which they were sent: one token goes through every sending and
-taking of a stage. A backward pass so undoes them in the reverse order, and no stage waits for one that waits.
+States that are sent take part in autograd in the order in which they were sent: one token goes through every sending
+and taking of a stage. A backward pass so undoes them in the reverse order, and no stage waits for one that waits.
 """
 
 from collections import deque
