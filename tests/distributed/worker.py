@@ -148,6 +148,11 @@ def _zeros(x: Tensor, received: list[int], sent: list[int], group: Any) -> Tenso
     return x.new_zeros(sum(received), *x.shape[1:])
 
 
+def _lost(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+    x = ctx.ring.fetch(torch.empty_like(ctx.like, device="cpu"), 1)
+    return grads[0], x * 0, None
+
+
 def _unsummed(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
     return grads[0][:, ctx.pieces.mine], None, None
 
@@ -156,6 +161,7 @@ SABOTAGE: dict[str, tuple[ParallelConfig, str, Any]] = {  # a layout, and what d
     "weights held whole": (ParallelConfig(tensor=2), "tensor_parallel.partial", lambda model: ()),
     "gradients of inputs": (ParallelConfig(tensor=2), "tensor_parallel.Inward.backward", staticmethod(_kept)),
     "tokens on their way": (ParallelConfig(expert=2), "expert_parallel._exchanged", _zeros),
+    "gradients of states": (ParallelConfig(pipeline=2), "ring._Give.backward", staticmethod(_lost)),
     "gradients of entries": (ParallelConfig(context=2), "context_parallel.Gathered.backward", staticmethod(_unsummed)),
 }
 
@@ -183,6 +189,10 @@ def layouts(size: int) -> dict[str, ParallelConfig]:
         found["expert, tensor"] = ParallelConfig(expert=2, tensor=2, gather="loop")
         found["expert, context"] = ParallelConfig(expert=2, context=2)
         found["context, tensor"] = ParallelConfig(context=2, tensor=2)
+        found["four stages"] = ParallelConfig(pipeline=4)
+        found["pipeline, expert"] = ParallelConfig(pipeline=2, expert=2, gather="loop")
+        found["pipeline, tensor"] = ParallelConfig(pipeline=2, tensor=2)
+        found["pipeline, context"] = ParallelConfig(pipeline=2, context=2)
     return found
 
 
