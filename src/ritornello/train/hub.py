@@ -17,7 +17,7 @@ from typing import Any, Literal
 JOIN = 300.0  # seconds in which all must have started
 TICK = 0.5  # seconds between two looks at the clock
 SETTLE = 0.5  # in which the cause may follow what came of it: a broken connection is noticed by many
-ANSWER = 5.0  # for a process to say where it is
+ANSWER = 10.0  # for a process to say where it is
 MOST = 1 << 16  # bytes of a message
 LOCAL = ("localhost", "127.0.0.1", "::1")
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}  # a lost machine
@@ -173,11 +173,16 @@ class Hub:
         text = next(text for _, rank, text in self._causes if rank == first)
         return Verdict("failed", [first], f"{self._named([first])} failed: {text}")
 
-    def _of_places(self) -> Verdict:
-        """Who does not answer; else who does something else than wait for the others; else all of them."""
+    def _of_places(self) -> Verdict | None:
+        """Who does not answer; else who does something else than wait for the others; else all of them. Before the
+        first step, preparing data may take any time."""
         silent = [rank for rank in self._joined if rank not in self._places]
         if silent:
             return Verdict("stalled", silent, f"{self._named(silent)} does not answer")
+        if not all(place["started"] for place in self._places.values()):
+            self._asked = None
+            self._places.clear()
+            return None
         busy = [rank for rank, place in self._places.items() if not place.get("waits")] or list(self._joined)
         places = "; ".join(f"{self._named([rank])} is at {self._places[rank]['place']}" for rank in sorted(busy))
         return Verdict("stalled", sorted(busy), places)

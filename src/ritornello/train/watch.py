@@ -45,15 +45,16 @@ class Watch:
     first: Member | None = None
     verdict: Verdict | None = None
     step: int = 0
+    started: bool = False
     _store: object = None  # which ends with the first process' last use of it
     _connection: Connection | None = None
-    _since: float | None = None  # when the last step ended
+    _since: float = field(default_factory=time.monotonic)  # the last step's end, or the start
     _known: threading.Event = field(default_factory=threading.Event)
     _left: threading.Event = field(default_factory=threading.Event)
 
     def reached(self, step: int) -> None:
-        """So many steps are done, with all that was due after the last; a step's end is awaited from now on."""
-        self.step, self._since = step, time.monotonic()
+        """So many steps are done, with all that was due after the last."""
+        self.step, self.started, self._since = step, True, time.monotonic()
 
     def reason(self, error: BaseException) -> BaseException:
         """What to raise for `error`: itself where this process is the one that ended the run; it bears `said` then,
@@ -85,25 +86,24 @@ class Watch:
     def listen(self) -> None:
         """What the daemon thread does: hears of the others, and ends this process where it does not leave itself."""
         assert self._connection is not None
-        asked: float | None = None
+        asked: float | None = None  # the first process, which then answers
         while self.verdict is None:
             if self._connection.poll(TICK):
                 message = receive(self._connection)
                 if self._left.is_set():
                     return
-                asked = self._heard(message) or asked
+                self._heard(message)
             now = time.monotonic()
-            if self._left.is_set() or not self._stalled(now):
+            if self._left.is_set() or not self.stall_s or now < self._since + self.stall_s:
                 asked = None
             elif asked is None:
-                asked = now + ANSWER
+                asked = now
                 send(self._connection, {"stalled": True})
-            elif now > asked:
+            elif now > asked + ANSWER:
                 self._end(Verdict("stalled", [0], f"{self._named_first()} does not answer"))
         self._depart(self.verdict)
 
-    def _heard(self, message: Message | None) -> float | None:
-        """What to do; returns until when the first process will have judged."""
+    def _heard(self, message: Message | None) -> None:
         match message:
             case None:
                 self._end(Verdict("died", [0], f"{self._named_first()} died"))
@@ -111,13 +111,9 @@ class Watch:
                 self._end(Verdict(**found))
             case {"where": _} if self._connection is not None:
                 place, waits = _place(threading.main_thread().ident)
-                send(self._connection, {"place": place, "waits": waits})
-            case {"here": _}:
-                return time.monotonic() + 3 * ANSWER
-        return None
-
-    def _stalled(self, now: float) -> bool:
-        return bool(self.stall_s) and self._since is not None and now > self._since + self.stall_s
+                send(self._connection, {"place": place, "waits": waits, "started": self.started})
+            case {"here": _}:  # and judges; until then there is nothing to ask
+                self._since = time.monotonic() - self.stall_s + 3 * ANSWER
 
     def _end(self, verdict: Verdict) -> None:
         if verdict.kind == "stalled":
@@ -152,7 +148,7 @@ class Watch:
         stalled = f"no step ended for {self.stall_s} s: " if self.verdict.kind == "stalled" else ""
         newest = runs.newest(self.out)
         saved = "nothing is saved" if newest is None else f"nothing after checkpoint {newest.name} is saved"
-        where = f"after step {self.step}" if self._since is not None else "before the first step"
+        where = f"after step {self.step}" if self.started else "before the first step"
         return f"{stalled}{self.verdict.text}, {where}: {saved}; start again with --resume"
 
 
@@ -190,6 +186,10 @@ def _join(watch: Watch) -> threading.Thread | None:
     import torch.distributed as dist
 
     address, hub = os.environ.get("MASTER_ADDR", ""), None
+    where = f"{address}:{os.environ.get('MASTER_PORT')}"
+    late = threading.Timer(JOIN + GRACE, _give_up, [where])  # torch waits for ever for one that listens and is silent
+    late.daemon = True
+    late.start()
     try:
         store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN))))
         key = f"{KEY}/{store.add(f'{KEY}/of {watch.own.rank}', 1)}"  # of this run: a store may see several
@@ -201,14 +201,20 @@ def _join(watch: Watch) -> threading.Thread | None:
             store.set(key, json.dumps(place))
         place = json.loads(store.get(key))
     except RuntimeError as error:  # of torch.distributed
-        host = f"{address}:{os.environ.get('MASTER_PORT')}"
         said = " ".join(str(error).split())[:200]
-        raise StoppedError(f"not all of the {watch.size} processes met at {host} in {JOIN:g} s: {said}") from error
+        raise StoppedError(f"not all of the {watch.size} processes met at {where} in {JOIN:g} s: {said}") from error
+    finally:
+        late.cancel()
     watch.first, watch._store = Member(**place["first"]), store
     watch._connection = connected(socket.create_connection((address, place["port"]), timeout=ANSWER))
     send(watch._connection, {"token": place["token"], **asdict(watch.own)})
     _started(watch.listen)
     return hub
+
+
+def _give_up(where: str) -> None:
+    logger.error("process 0 does not answer at %s", where)
+    os._exit(STALLED)
 
 
 def _started(work: Callable[[], None]) -> threading.Thread:
