@@ -1,5 +1,5 @@
-"""python -m benchmarks.torture.ranks --folder FOLDER: runs of two processes of which one is killed, at random moments and
-inside every system call of a checkpoint; what is done is kept in FOLDER, and done again it goes on from there.
+"""python -m benchmarks.torture.ranks --folder FOLDER: runs of two processes of which one is killed, at random moments
+and inside every system call of a checkpoint. Trials are kept in FOLDER; started again, it goes on from there.
 
 All are forked from one process that has imported everything, so that a trial takes seconds. Nobody else ends the
 survivors: they have to notice."""
@@ -24,11 +24,13 @@ import torch
 
 from benchmarks.torture.subject import SAVE_EVERY, Row, Subject, digest, row, unchanged, written
 from ritornello import cli
+from ritornello.config import Recipe
 from ritornello.train import checkpoint, files, watch
 from ritornello.train.trainer import train
 
 SIZE, STEPS = 2, 3 * SAVE_EVERY
 PATIENCE = 60.0  # seconds for the survivors of a death
+STALL_S = 300
 SILENT = 400.0  # and for anything
 Trial = dict[str, Any]
 Spoil = Callable[[int, list[int]], object]  # what is done to a process, by its number, and its own process' ids so far
@@ -38,16 +40,28 @@ class Run:
     """The processes of one run, by number."""
 
     def __init__(
-        self, subject: Subject, out: Path, *, spoil: Spoil | None = None, size: int = SIZE, **train: Any
+        self,
+        subject: Subject,
+        out: Path,
+        *,
+        size: int = SIZE,
+        stall_s: int = STALL_S,
+        spoil: Spoil | None = None,
+        **train: Any,
     ) -> None:
         self.said = subject.folder / "said"
         shutil.rmtree(self.said, ignore_errors=True)
         self.said.mkdir()
         self.codes: dict[int, int] = {}
         self.pids: list[int] = []
+        recipe = replace(subject.recipe, train=replace(subject.recipe.train, **train))
+        recipe = replace(recipe, parallel=replace(recipe.parallel, stall_s=stall_s))
         port = _free_port()
         for rank in reversed(range(size)):  # the first one last: it knows the others
-            work = lambda: _process(subject, out, rank, size, port, self.pids, spoil, train)  # noqa: B023, E731
+            where = {"MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
+            prepare = (lambda: None) if spoil is None else (lambda: spoil(rank, self.pids))  # noqa: B023
+            how: Any = {"out": out, "cache_dir": subject.folder / "cache", "prepare": prepare}
+            work = lambda: _process(recipe, where, **how)  # noqa: B023, E731
             self.pids.insert(0, _forked(self.said / str(rank), work))
 
     def wait(self, seconds: float = SILENT) -> dict[int, int]:
@@ -103,17 +117,13 @@ def _forked(said: Path, work: Callable[[], int]) -> int:
 
 
 def _process(
-    subject: Subject, out: Path, rank: int, size: int, port: int, pids: list[int], spoil: Spoil | None, changes: Any
+    recipe: Recipe, where: dict[str, int], *, out: Path, cache_dir: Path, prepare: Callable[[], object]
 ) -> int:
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in where.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in where.items()})
     logging.getLogger("ritornello").setLevel(logging.ERROR)
-    recipe = replace(subject.recipe, train=replace(subject.recipe.train, **changes))
-    recipe = replace(recipe, parallel=replace(recipe.parallel, stall_s=300))
-    if spoil is not None:
-        spoil(rank, pids)
+    prepare()
     try:
-        train(recipe, out=out, resume=True, device="cpu", cache_dir=subject.folder / "cache", offline=True)
+        train(recipe, out=out, resume=True, device="cpu", cache_dir=cache_dir, offline=True)
     except KeyboardInterrupt as interrupt:
         cli.say(interrupt, str(interrupt) or "interrupted")
         return 130
@@ -194,7 +204,7 @@ def saving(subject: Subject, index: int, victim: int) -> Trial | None:
 
 
 def _kills(index: int, victim: int, others: list[int], fell: Path) -> None:
-    """This process kills the victim, itself or another, in its index-th system call, half of what is written on the disk."""
+    """This process kills the victim, itself or another, in its index-th system call."""
     run, calls = files._run, iter(range(1 << 30))
 
     def killing(operation: str, path: Path, call: Callable[..., Any], *arguments: Any) -> Any:

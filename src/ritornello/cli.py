@@ -1,7 +1,8 @@
 """The command line: finds the verb, parses its arguments, and turns every failure into one line and an exit code.
 
 Exit codes: 0 done; 1 a defect of this program; 2 what the message explains: a mistake, or something the system refused;
-3 another process of the run died, failed or hangs; 130 interrupted, a run after it was saved; 141 the reader of standard output went away.
+3 another process of the run died, failed or hangs; 130 interrupted, a run after it was saved; 141 the reader of
+standard output went away.
 """
 
 import io

@@ -8,6 +8,7 @@ import hmac
 import json
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -59,7 +60,7 @@ def receive(connection: Connection) -> Message | None:
     """The next message; None: nobody is there any more."""
     try:
         message = json.loads(connection.recv_bytes(MOST))
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None
 
@@ -68,6 +69,7 @@ def connected(own: socket.socket) -> Connection:
     """A connection that also ends when the other machine is lost, after half a minute."""
     own.settimeout(None)
     own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(ANSWER), 0))  # of a message begun
     for name, value in KEEPALIVE.items():
         if hasattr(socket, name):  # of this system
             own.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

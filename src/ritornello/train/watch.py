@@ -18,8 +18,20 @@ from types import FrameType
 
 from ritornello.config import ParallelConfig
 from ritornello.train import files, runs
-from ritornello.train.hub import ANSWER, JOIN, SETTLE, TICK, Hub, Member, Message, Verdict, connected, listening
-from ritornello.train.hub import receive, send
+from ritornello.train.hub import (
+    ANSWER,
+    JOIN,
+    SETTLE,
+    TICK,
+    Hub,
+    Member,
+    Message,
+    Verdict,
+    connected,
+    listening,
+    receive,
+    send,
+)
 
 KEY = "ritornello/watch"  # in the store that the processes meet at: where the first one listens
 GRACE = 20.0  # seconds for a process to leave by itself: torchrun ends it after 30
