@@ -30,8 +30,8 @@ from ritornello.train.trainer import train
 
 SIZE, STEPS = 2, 3 * SAVE_EVERY
 PATIENCE = 60.0  # seconds for the survivors of a death
-STALL_S = 300
-SILENT = 400.0  # and for anything
+STALL_S = 600
+SILENT = 1200.0  # and for anything
 Trial = dict[str, Any]
 Spoil = Callable[[int, list[int]], object]  # what is done to a process, by its number, and its own process' ids so far
 
@@ -53,6 +53,7 @@ class Run:
         shutil.rmtree(self.said, ignore_errors=True)
         self.said.mkdir()
         self.codes: dict[int, int] = {}
+        self.ends: dict[int, float] = {}  # by the monotonic clock
         self.pids: list[int] = []
         recipe = replace(subject.recipe, train=replace(subject.recipe.train, **train))
         recipe = replace(recipe, parallel=replace(recipe.parallel, stall_s=stall_s))
@@ -64,14 +65,16 @@ class Run:
             work = lambda: _process(recipe, where, **how)  # noqa: B023, E731
             self.pids.insert(0, _forked(self.said / str(rank), work))
 
-    def wait(self, seconds: float = SILENT) -> dict[int, int]:
-        """Their exit codes, once all have ended; those that have not by then are killed, and have none."""
+    def wait(self, seconds: float = SILENT, *, apart: int | None = None) -> dict[int, int]:
+        """Their exit codes, once all have ended, or all but the one apart; those that have not by then are killed, and
+        have none."""
         end, left = time.monotonic() + seconds, set(range(len(self.pids))) - self.codes.keys()
-        while left and time.monotonic() < end:
+        while left - {apart} and time.monotonic() < end:
             for rank in tuple(left):
                 pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
                 if pid:
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
+                    self.ends[rank] = time.monotonic()
                     left.remove(rank)
             time.sleep(0.01)
         for rank in left:
@@ -160,7 +163,11 @@ def judged(subject: Subject, run: Run, out: Path, victim: int, killed: float) ->
     logged = subject.logged(out) if out.exists() else 0
     least = max(0, (logged // SAVE_EVERY - 1) * SAVE_EVERY)  # one may be on its way
     problem = subject.problem(out, least=least) if out.exists() else None
-    return {"victim": victim, "seconds": time.monotonic() - killed, "problems": problems + [problem] * bool(problem)}
+    return {
+        "victim": victim,
+        "seconds": max(run.ends.values(), default=killed) - killed,
+        "problems": problems + [problem] * bool(problem),
+    }
 
 
 def dead(subject: Subject, index: int, whole: float) -> Trial | None:
@@ -236,7 +243,10 @@ def asked(subject: Subject, index: int, whole: float) -> Trial | None:
     problems = [] if codes == dict.fromkeys(range(SIZE), 130) else [f"exit codes {codes}"]
     problems += [] if sum("saved in" in run.text(rank) for rank in range(SIZE)) == 1 else ["not said once"]
     problem = subject.problem(out, least=subject.logged(out))
-    trial = {"seconds": time.monotonic() - sent, "problems": problems + [problem] * bool(problem)}
+    trial: Trial = {
+        "seconds": max(run.ends.values(), default=sent) - sent,
+        "problems": problems + [problem] * bool(problem),
+    }
     return _resumed(subject, out, trial)
 
 

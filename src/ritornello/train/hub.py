@@ -158,7 +158,7 @@ class Hub:
     def _judged(self, now: float, begun: float) -> Verdict | None:
         if self._causes:
             return self._of_causes() if now > self._since + SETTLE else None
-        if self._asked is not None and now > self._asked + ANSWER:
+        if self._asked is not None and (len(self._places) == self.size or now > self._asked + ANSWER):
             return self._of_places()
         missing = [rank for rank in range(self.size) if rank not in self._joined]
         if missing and now > begun + JOIN:
