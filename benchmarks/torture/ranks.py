@@ -82,6 +82,10 @@ class Run:
             os.waitpid(self.pids[rank], 0)
         return self.codes
 
+    def last(self, begun: float) -> float:
+        """Seconds from then until the last one ended."""
+        return max(self.ends.values(), default=begun) - begun
+
     def text(self, rank: int) -> str:
         return (self.said / str(rank)).read_text(errors="replace")
 
@@ -163,11 +167,8 @@ def judged(subject: Subject, run: Run, out: Path, victim: int, killed: float) ->
     logged = subject.logged(out) if out.exists() else 0
     least = max(0, (logged // SAVE_EVERY - 1) * SAVE_EVERY)  # one may be on its way
     problem = subject.problem(out, least=least) if out.exists() else None
-    return {
-        "victim": victim,
-        "seconds": max(run.ends.values(), default=killed) - killed,
-        "problems": problems + [problem] * bool(problem),
-    }
+    problems += [problem] if problem else []
+    return {"victim": victim, "seconds": run.last(killed), "problems": problems}
 
 
 def dead(subject: Subject, index: int, whole: float) -> Trial | None:
@@ -243,10 +244,8 @@ def asked(subject: Subject, index: int, whole: float) -> Trial | None:
     problems = [] if codes == dict.fromkeys(range(SIZE), 130) else [f"exit codes {codes}"]
     problems += [] if sum("saved in" in run.text(rank) for rank in range(SIZE)) == 1 else ["not said once"]
     problem = subject.problem(out, least=subject.logged(out))
-    trial: Trial = {
-        "seconds": max(run.ends.values(), default=sent) - sent,
-        "problems": problems + [problem] * bool(problem),
-    }
+    problems += [problem] if problem else []
+    trial: Trial = {"seconds": run.last(sent), "problems": problems}
     return _resumed(subject, out, trial)
 
 

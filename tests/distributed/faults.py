@@ -112,7 +112,8 @@ def subject_in(folder: Path) -> Subject:
 
 
 def ended(run: Run, out: Path) -> dict[str, Any]:
-    """What a run came to: exit codes and words by process, the seconds from the first end to the last, and what each checkpoint is."""
+    """What a run came to: exit codes and words by process, the seconds from the first end to the last, and what each
+    checkpoint is."""
     codes = run.wait()
     found = {checkpoint.verify(path).step: digest(path) for path in (out / "checkpoints").glob("step_*")}
     left = [path.name for path in out.rglob(f"{files.TEMPORARY}*")]

@@ -100,13 +100,13 @@ class Watch:
         assert self._connection is not None
         asked: float | None = None  # the first process, which then answers
         while self.verdict is None:
-            if self._connection.poll(TICK):
-                message = receive(self._connection)
-                if self._left.is_set():
-                    return
+            message = self._connection.poll(TICK) and receive(self._connection)
+            if self._left.is_set():
+                return
+            if message is not False:
                 self._heard(message)
             now = time.monotonic()
-            if self._left.is_set() or not self.stall_s or now < self._since + self.stall_s:
+            if not self.stall_s or now < self._since + self.stall_s:
                 asked = None
             elif asked is None:
                 asked = now
