@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
+import torch.distributed.tensor
 
 from benchmarks.torture.subject import SAVE_EVERY, Row, Subject, digest, row, unchanged, written
 from ritornello import cli
+from ritornello.commands.train import label_lines
 from ritornello.config import Recipe
 from ritornello.train import checkpoint, files, watch
 from ritornello.train.trainer import train
@@ -127,6 +130,7 @@ def _process(
     recipe: Recipe, where: dict[str, int], *, out: Path, cache_dir: Path, prepare: Callable[[], object]
 ) -> int:
     os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in where.items()})
+    label_lines(where["RANK"])
     logging.getLogger("ritornello").setLevel(logging.ERROR)
     prepare()
     try:
@@ -141,10 +145,19 @@ def _process(
     return 0
 
 
+def warm(subject: Subject) -> None:
+    """A step in this process, so that those forked from it have all that is imported late."""
+    out = subject.folder / "warm"
+    recipe = replace(subject.recipe, train=replace(subject.recipe.train, steps=1, save_in_background=False))
+    train(recipe, out=out, device="cpu", cache_dir=subject.folder / "cache", offline=True)
+    shutil.rmtree(out)
+
+
 def together(folder: Path) -> Subject:
     """A run by several processes, and what it has after each step when left alone."""
     recipe = written(folder)
     subject = Subject(folder, replace(recipe, train=replace(recipe.train, steps=STEPS)), {0: unchanged(recipe)}, {})
+    warm(subject)
     out = folder / "together"
     run = Run(subject, out, save_every=1, keep_checkpoints=STEPS)
     assert set(run.wait().values()) == {0}, (run.codes, run.text(0))

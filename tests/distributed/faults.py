@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.torture.ranks import Run
+from benchmarks.torture.ranks import Run, warm
 from benchmarks.torture.subject import Subject, digest
 from ritornello.train import checkpoint, files, step
 from tests.train.small import recipe
@@ -150,6 +150,7 @@ def main() -> None:
     torch.set_num_threads(1)  # no pool of threads that a fork would lack
     results, folder, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     subject = subject_in(folder)
+    warm(subject)
     out = folder / "alone"
     found = {"undisturbed": ended(Run(subject, out, size=size, microbatch_size=0), out)}
     for name in CASES if size == 2 else OF_FOUR:

@@ -39,7 +39,7 @@ class Train(Command):
         out = self.out or _default_out(recipe.name)
         first = process_rank() == 0  # of those that torchrun started: it speaks, and makes the run's directory
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            _label_lines(process_rank())
+            label_lines(process_rank())
         if first:
             check_output(out, resume=self.resume)
         require_int("--profile", self.profile, 0)
@@ -67,7 +67,7 @@ class Train(Command):
             print(out)
 
 
-def _label_lines(rank: int) -> None:
+def label_lines(rank: int) -> None:
     """Log lines bear the process' number; what all would say is said by the first."""
     handler, logger = logging.StreamHandler(), logging.getLogger("ritornello")
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))

@@ -41,7 +41,7 @@ logger = logging.getLogger("ritornello")
 
 
 class StoppedError(RuntimeError):
-    """Another process of the run died, failed or hangs; the message names it."""
+    """Another process of the run died, failed or hangs; the message, which the log has too, names it."""
 
     exit_code = STALLED
 
@@ -86,7 +86,7 @@ class Watch:
         stopped = StoppedError(self._said())
         for note in getattr(error, "__notes__", ()):
             stopped.add_note(note)
-        stopped.__dict__["said"] = False
+        stopped.__dict__["said"] = self.verdict is not None and self.verdict.kind != "failed"
         return stopped
 
     def leave(self) -> None:
@@ -131,6 +131,8 @@ class Watch:
         if verdict.kind == "stalled":
             faulthandler.dump_traceback(STACK, all_threads=True)
         self.verdict = verdict
+        if verdict.kind != "failed":  # of those that failed alike, only one says it
+            self._say()
         self._known.set()
 
     def _depart(self, verdict: Verdict) -> None:
@@ -140,8 +142,13 @@ class Watch:
         while time.monotonic() < patient or (verdict.kind != "stalled" and self._writes() and time.monotonic() < last):
             if self._left.wait(TICK):
                 return
-        logger.error("%s", self._said())
+        if verdict.kind == "failed":
+            self._say()
         os._exit(STALLED)
+
+    def _say(self) -> None:
+        """At once: a backend, or torchrun, may end this process before it says anything itself."""
+        logger.error("error: %s", self._said())
 
     def _writes(self) -> bool:
         """Whether this process is writing a checkpoint."""
@@ -160,6 +167,7 @@ class Watch:
         stalled = f"no step ended for {self.stall_s} s: " if self.verdict.kind == "stalled" else ""
         newest = runs.newest(self.out)
         saved = "nothing is saved" if newest is None else f"nothing after checkpoint {newest.name} is saved"
+        saved += ", another one being written" if self._writes() else ""
         where = f"after step {self.step}" if self.started else "before the first step"
         return f"{stalled}{self.verdict.text}, {where}: {saved}; start again with --resume"
 
