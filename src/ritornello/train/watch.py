@@ -15,6 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ritornello.config import ParallelConfig
 from ritornello.train import files, runs
@@ -58,7 +59,7 @@ class Watch:
     verdict: Verdict | None = None
     step: int = 0
     started: bool = False
-    _store: object = None  # which ends with the first process' last use of it
+    _store: Any = None  # which ends with the first process' last use of it
     _connection: Connection | None = None
     _since: float = field(default_factory=time.monotonic)  # the last step's end, or the start
     _known: threading.Event = field(default_factory=threading.Event)
@@ -211,25 +212,37 @@ def _join(watch: Watch) -> threading.Thread | None:
     late.daemon = True
     late.start()
     try:
-        store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN))))
-        key = f"{KEY}/{store.add(f'{KEY}/of {watch.own.rank}', 1)}"  # of this run: a store may see several
+        watch._store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN))))
         if watch.own.rank == 0:
-            listener = listening(address)
-            heard = Hub(watch.size, listener)
-            hub = _started(heard.serve)
-            place = {"port": listener.getsockname()[1], "token": heard.token, "first": asdict(watch.own)}
-            store.set(key, json.dumps(place))
-        place = json.loads(store.get(key))
+            hub = _listen(watch, address)
+        connection, place = _found(watch._store, address)
     except RuntimeError as error:  # of torch.distributed
         said = " ".join(str(error).split())[:200]
         raise StoppedError(f"not all of the {watch.size} processes met at {where} in {JOIN:g} s: {said}") from error
     finally:
         late.cancel()
-    watch.first, watch._store = Member(**place["first"]), store
-    watch._connection = connected(socket.create_connection((address, place["port"]), timeout=ANSWER))
-    send(watch._connection, {"token": place["token"], **asdict(watch.own)})
+    watch.first, watch._connection = Member(**place["first"]), connection
+    send(connection, {"token": place["token"], **asdict(watch.own)})
     _started(watch.listen)
     return hub
+
+
+def _listen(watch: Watch, address: str) -> threading.Thread:
+    hub = Hub(watch.size, listening(address))
+    place = {"port": hub.listener.getsockname()[1], "token": hub.token, "first": asdict(watch.own)}
+    thread = _started(hub.serve)
+    watch._store.set(KEY, json.dumps(place))
+    return thread
+
+
+def _found(store: Any, address: str) -> tuple[Connection, dict[str, Any]]:
+    """The first process, where it listens now: a store that outlives a run still knows where it did then."""
+    while True:  # a timer ends this
+        place = json.loads(store.get(KEY))
+        try:
+            return connected(socket.create_connection((address, place["port"]), timeout=ANSWER)), place
+        except OSError:
+            time.sleep(TICK)
 
 
 def _give_up(where: str) -> None:
