@@ -432,7 +432,7 @@ class ParallelConfig:
     replicate: int = 1  # groups of processes, each with a whole model
     shard: int = 0  # processes in a group, which hold a part of it each; 0: all that are left
     gather: Gather = "step"  # looped layers are put together once a step, or for each loop
-    stall_s: int = 1800  # seconds without a step's end, with the evaluation and checkpoint due, that end a run; 0: none
+    stall_s: int = 900  # seconds without a step's end, with the evaluation and checkpoint due, that end a run; 0: none
 
     def __post_init__(self) -> None:
         require_kinds(self)
