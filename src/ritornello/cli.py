@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = explain(error, type(command).__name__)
         say(error, f"error: {one_line(message)}")
         settle_output()
+        if hasattr(error, "exit_code"):  # another process is gone: at exit a backend might wait for it
+            os._exit(code)
         return code
 
 

@@ -19,7 +19,7 @@ from ritornello.train import checkpoint, files, step
 from tests.train.small import recipe
 
 STEPS = 4
-STALL_S = 100  # longer than a step beside other tests
+STALL_S = 6  # longer than a step beside other tests
 LAST = 1  # the process to which it happens, where it isn't the first
 Spoil = Callable[[int, list[int]], None]
 
