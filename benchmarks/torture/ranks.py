@@ -69,8 +69,7 @@ class Run:
             self.pids.insert(0, _forked(self.said / str(rank), work))
 
     def wait(self, seconds: float = SILENT, *, apart: int | None = None) -> dict[int, int]:
-        """Their exit codes, once all have ended, or all but the one apart; those that have not by then are killed, and
-        have none."""
+        """Their exit codes, once all have ended, or all but the one apart; those that have not by then are killed."""
         end, left = time.monotonic() + seconds, set(range(len(self.pids))) - self.codes.keys()
         while left - {apart} and time.monotonic() < end:
             for rank in tuple(left):
@@ -82,7 +81,7 @@ class Run:
             time.sleep(0.01)
         for rank in left:
             os.kill(self.pids[rank], signal.SIGKILL)
-            os.waitpid(self.pids[rank], 0)
+            self.codes[rank] = os.waitstatus_to_exitcode(os.waitpid(self.pids[rank], 0)[1])
         return self.codes
 
     def last(self, begun: float) -> float:
