@@ -5,12 +5,12 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks.torture import damage, disk, engine, kills, power, steps
+from benchmarks.torture import damage, disk, engine, kills, power, ranks, steps
 from benchmarks.torture.subject import Row, Subject, prepared
 from ritornello.config import pick
 
@@ -20,6 +20,7 @@ GROUPS: dict[str, Callable[[Subject, float], Iterator[Row]]] = {
     "disk": lambda subject, scale: disk.rows(subject),
     "steps": lambda subject, scale: steps.rows(subject, scale=scale),
     "kills": lambda subject, scale: kills.rows(subject, scale=scale),
+    "ranks": lambda subject, scale: ranks.rows(subject.folder / "ranks", scale=scale),
     "engine": lambda subject, scale: engine.rows(scale=scale),
 }
 RESULTS = Path(__file__).parent.parent / "results" / "torture.json"
@@ -32,15 +33,20 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)  # no pool of threads that a fork would lack
     chosen = [pick(GROUPS, name, "group") for name in options.groups or GROUPS]
-    found: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         subject = prepared(Path(folder))
-        for rows in chosen:
-            for row in rows(subject, options.scale):
-                print(json.dumps(row), flush=True)
-                found[row["case"]] = row
-    some = options.groups and RESULTS.exists()
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if some else []
+        rows = (row for rows in chosen for row in rows(subject, options.scale))
+        return recorded(rows, others=bool(options.groups))
+
+
+def recorded(rows: Iterable[Row], *, others: bool = True) -> int:
+    """Print rows as they come and put them among the results, the other ones of which stay if `others`; 1 if anything
+    failed."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        found[row["case"]] = row
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if others and RESULTS.exists() else []
     everything = {row["case"]: row for row in kept} | found
     RESULTS.write_text(json.dumps(list(everything.values()), indent=1) + "\n", encoding="utf-8")
     return int(any(row["failures"] for row in found.values()))

@@ -34,12 +34,12 @@ def spoiled(spoil: Spoil, first: int, n: int, work: Callable[[], object]) -> Non
     """`work`, in which the steps from `first` on, n of them, are spoiled; that each is warned of is left out."""
     real, level = step.accumulate, logger.level
 
-    def accumulate(model: Any, plan: Any, train: Any) -> Any:
+    def accumulate(model: Any, plan: Any, train: Any, world: Any) -> Any:
         if not first <= plan.key[1] < first + n:
-            return real(model, plan, train)
+            return real(model, plan, train, world)
         handle = spoil(model)
         try:
-            return real(model, plan, train)
+            return real(model, plan, train, world)
         finally:
             handle.remove()
 

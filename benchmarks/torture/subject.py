@@ -98,12 +98,17 @@ class Subject:
         return max((int(line["step"]) for line in runs.lines(out)), default=0)
 
 
-def prepared(folder: Path) -> Subject:
+def written(folder: Path) -> Recipe:
+    """The recipe, and its text in `folder`."""
     rng = random.Random(0)
     words = [bytes(rng.choices(range(97, 123), k=rng.randint(2, 6))).decode() for _ in range(30)]
     text = folder / "text.txt"
     text.write_text(" ".join(rng.choices(words, k=6000)))
-    recipe = Recipe(name="subject", model=MODEL, data=DataConfig(source=str(text), seq_len=24), train=TRAIN)
+    return Recipe(name="subject", model=MODEL, data=DataConfig(source=str(text), seq_len=24), train=TRAIN)
+
+
+def prepared(folder: Path) -> Subject:
+    recipe = written(folder)
     every = replace(recipe.train, save_every=1, keep_checkpoints=STEPS)
     out = folder / "undisturbed"
     train(replace(recipe, train=every), out=out, device="cpu", cache_dir=folder / "cache")
@@ -112,9 +117,14 @@ def prepared(folder: Path) -> Subject:
     assert sorted(found) == list(range(1, STEPS + 1)) and len(set(found.values())) == STEPS
     losses = measured(out)
     shutil.rmtree(out)
-    start = RecurrentDepthTransformer(recipe.model, seed=recipe.train.seed).state_dict()
-    found[0] = _digest(tensors.pack(start), tensors.pack({}))
+    found[0] = unchanged(recipe)
     return Subject(folder, recipe, found, losses)
+
+
+def unchanged(recipe: Recipe) -> Digest:
+    """What it has before the first step."""
+    start = RecurrentDepthTransformer(recipe.model, seed=recipe.train.seed).state_dict()
+    return _digest(tensors.pack(start), tensors.pack({}))
 
 
 def measured(out: Path) -> dict[int, tuple[float, float]]:

@@ -1,7 +1,8 @@
 """The command line: finds the verb, parses its arguments, and turns every failure into one line and an exit code.
 
 Exit codes: 0 done; 1 a defect of this program; 2 what the message explains: a mistake, or something the system refused;
-130 interrupted, a run after it was saved; 141 the reader of standard output went away.
+3 another process of the run died, failed or hangs; 130 interrupted, a run after it was saved; 141 the reader of
+standard output went away.
 """
 
 import io
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ritornello import __version__
 from ritornello.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig, require_choice, shown
+from ritornello.progress import process_rank
 
 if TYPE_CHECKING:
     from ritornello.commands import Command
@@ -58,15 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle_output()
         return 141
     except KeyboardInterrupt as interrupt:  # a run says where it was saved
-        print("ritornello:", str(interrupt) or "interrupted", file=sys.stderr)
+        say(interrupt, str(interrupt) or "interrupted")
         return 130
     except Exception as error:  # noqa: BLE001 - the boundary: no traceback reaches a user who did not ask for one
         if command and command.common.verbose:
             traceback.print_exc()
         code, message = explain(error, type(command).__name__)
-        print("ritornello: error:", one_line(message), file=sys.stderr)
+        say(error, f"error: {one_line(message)}")
         settle_output()
+        if hasattr(error, "exit_code"):  # another process is gone: at exit a backend might wait for it
+            os._exit(code)
         return code
+
+
+def say(error: BaseException, text: str) -> None:
+    """On standard error; of several processes, one says what is the same for all, the others what is theirs."""
+    several, told = int(os.environ.get("WORLD_SIZE", 1)) > 1, getattr(error, "said", None)
+    same = several and os.environ.get("LOCAL_RANK", "0") != "0"  # before they have met: on one machine all see the same
+    if same if told is None else told:
+        return
+    print(f"[rank {process_rank()}] ritornello:" if several else "ritornello:", text, file=sys.stderr, flush=True)
 
 
 def settle_output() -> None:
@@ -159,7 +172,10 @@ def prepare_environment(*, offline: bool) -> None:
 
 def explain(error: Exception, command: str) -> tuple[int, str]:
     """Exit code and message for the user of a command, by the name of its class."""
+    stopped: int | None = getattr(error, "exit_code", None)  # another process' doing
     said = "".join(f"; {note}" for note in getattr(error, "__notes__", ()) if "\n" not in note)
+    if stopped is not None:
+        return stopped, str(error) + said
     if is_out_of_memory(error):
         return 2, OUT_OF_MEMORY_LATER if command == "Generate" else OUT_OF_MEMORY
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

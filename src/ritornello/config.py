@@ -436,12 +436,14 @@ class ParallelConfig:
     tensor: int = 1  # processes that compute each layer of the same rows together: some heads and columns each
     expert: int = 1  # of the processes of a group, those that hold some routed experts each and send each other tokens
     gather: Gather = "step"  # looped layers are put together once a step, or for each loop
+    stall_s: int = 900  # seconds without a step's end, with the evaluation and checkpoint due, that end a run; 0: none
 
     def __post_init__(self) -> None:
         require_kinds(self)
         require_int("shard", self.shard, 0)
         for name in ("replicate", "pipeline", "context", "tensor", "expert"):
             require_int(name, getattr(self, name), 1)
+        require_int("stall_s", self.stall_s, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """ritornello train"""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -37,10 +38,10 @@ class Train(Command):
         recipe = recipes.from_mapping(recipes.apply_sets(mapping, [item for group in self.set for item in group]))
         out = self.out or _default_out(recipe.name)
         first = process_rank() == 0  # of those that torchrun started: it speaks, and makes the run's directory
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            label_lines(process_rank())
         if first:
             check_output(out, resume=self.resume)
-        else:
-            logging.getLogger("ritornello").setLevel(logging.ERROR)
         require_int("--profile", self.profile, 0)
 
         from ritornello.device import fallbacks, pick_device
@@ -64,6 +65,16 @@ class Train(Command):
                 progress.note(_used(out))
         if first:
             print(out)
+
+
+def label_lines(rank: int) -> None:
+    """Log lines bear the process' number; what all would say is said by the first."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("ritornello")
+    handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    if rank:
+        logger.setLevel(logging.ERROR)
 
 
 def _default_out(name: str) -> Path:

@@ -365,7 +365,8 @@ def gathered(state: Mapping[str, Any], *, keep: bool = True) -> dict[str, Any]:
     """Every tensor whole, one after the other, on the host where it was spread. keep: False where this process only
     helps the others."""
     found = {}
-    for name, value in state.items():
+    for name in sorted(state):  # a state that was read may have another order in every process
+        value = state[name]
         tensor = whole(value).cpu() if is_spread(value) else value
         if keep:
             found[name] = tensor

@@ -66,6 +66,12 @@ def read(path: str | Path) -> Run:
     )
 
 
+def newest(path: str | Path) -> Path | None:
+    """The last checkpoint of a run by its name, which it only has when it is complete; unread."""
+    found = Path(path, CHECKPOINTS).glob("step_*")
+    return max(found, key=lambda each: (len(each.name), each.name), default=None)
+
+
 def lines(path: str | Path) -> list[dict[str, Any]]:
     """Every line of a run's metrics, in order; without those that a kill cut short, or that hold anything but a step
     and finite numbers (which a resumed run removes)."""

@@ -30,6 +30,7 @@ from ritornello.train.saver import Saver
 from ritornello.train.shards import Dataset, Progress
 from ritornello.train.step import train_step
 from ritornello.train.warm_start import warm_start
+from ritornello.train.watch import watching
 
 GATE_BATCHES = 8  # that a frozen gate is fitted on, the ones after the last step's
 CACHE = Path(".cache", "ritornello")  # in the home directory: tokenised data
@@ -62,10 +63,11 @@ def train(
         ValueError: a recipe that doesn't fit its data; a run in `out` already, or another model's or data's.
         NonFiniteError: no finite loss and gradient in three steps in a row; the last checkpoint is intact.
         InterruptedRunError: Ctrl-C or SIGTERM came; the step was finished and saved.
+        StoppedError: of several processes, another one died, failed or hangs.
     """
     out, config = Path(out), recipe.train
     require_packages(config)
-    with parallel.world(recipe.parallel, pick_device(device)) as world:
+    with watching(recipe.parallel, out) as watch, parallel.world(recipe.parallel, pick_device(device)) as world:
         target = world.device
         _check_parts(config, world)
         cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
@@ -91,11 +93,13 @@ def train(
             with ExitStack() as stack, profiling(out, 0 if world.rank else profile) as step_done:
                 with world.first() as first:
                     if first:
-                        watching = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
-                        trainer.observers = [*watching, *filter(None, [observer])]
+                        reporting = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
+                        trainer.observers = [*reporting, *filter(None, [observer])]
                         files.write_atomic(out / checkpoint.CONFIG, recipes.to_json(recipe).encode())
+                watch.reached(trainer.step)
                 while trainer.step < config.steps:
                     trainer.advance()
+                    watch.reached(trainer.step)
                     step_done()
                     if world.any(request.signum is not None) and trainer.step < config.steps:
                         trainer.save()
