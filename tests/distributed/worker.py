@@ -23,6 +23,7 @@ from ritornello.train import parallel
 from ritornello.train.optim import build_optimizers
 from ritornello.train.step import train_step
 from ritornello.train.trainer import train
+from tests.distributed import checkpoints
 from tests.train.small import batch, model_config, train_config
 
 PLAIN: dict[str, Any] = {"lora_rank": 0, "loop_embedding": False, "ffn": "dense"}
@@ -136,6 +137,7 @@ def main() -> None:
             results[name] = equality(parallel.laid_out(replicate, shard, cpu), config)
         everyone = parallel.laid_out(1, size, cpu)
         results["muon"] = muon(everyone)
+        results["checkpoints"] = checkpoints.cases(Path(sys.argv[2]) / "checkpoints")
         results["gathers"] = {gather: gathers(everyone, gather) for gather in get_args(Gather)}
     if os.environ["RANK"] == "0":
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))

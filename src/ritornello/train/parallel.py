@@ -98,7 +98,7 @@ class World:
         if self.size == 1:
             yield replace(self, device=torch.device("cpu"))
             return
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield replace(self, device=torch.device("cpu"), mesh=None, group=group)
         finally:

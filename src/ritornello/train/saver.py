@@ -1,6 +1,6 @@
 """Checkpoints written beside the training that goes on: a step waits for a copy of the state, not for the disk."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -44,11 +44,11 @@ class Saver:
         if self.wait() == checkpoint.path_of(self.run_dir, step) and self.world is not None:
             return
         how: Any = {**others, "step": step, "keep": self.keep}
+        write: Callable[..., Path] = checkpoint.save if self.world is None else sharded.save
         if self.world is None:
-            write = checkpoint.save
             how |= {name: tensors.copied(state) if self._pool else state for name, state in states.items()}
         else:
-            write, how["world"] = sharded.save, self.world
+            how["world"] = self.world
             owns = {name: sharded.own(state, self.world) for name, state in states.items()}
             how |= {name: own.copied() if self._pool else own for name, own in owns.items()}
         if self._pool is not None:

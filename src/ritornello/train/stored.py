@@ -79,12 +79,10 @@ class Stored:
     def tensor(self, name: str, like: Tensor | None = None) -> Tensor:
         """One of them; see `read`."""
         entry = self._entries[self._owners.get(name, name)]
-        spread = like is not None and is_spread(like) and like.shape == entry.shape
-        found = (
-            torch.empty_like(like.detach(), dtype=entry.dtype)
-            if spread
-            else torch.empty(entry.shape, dtype=entry.dtype)
-        )
+        if like is None or not is_spread(like) or like.shape != entry.shape:
+            found = torch.empty(entry.shape, dtype=entry.dtype)
+        else:
+            found = torch.empty_like(like.detach(), dtype=entry.dtype)
         for part, view in parts.held(found):
             for piece in entry.pieces:
                 common = part.common(piece.part)

@@ -95,8 +95,8 @@ def write(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     out(memoryview(len(text).to_bytes(8, "little") + text))
-    for name in names:
-        out(memoryview(tensor(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    for name in filter(lambda name: described[name].numel(), names):
+        out(tensor(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def header(path: Path) -> dict[str, Any]:
