@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Runs(Command):
     """The runs on this disk. `ls [DIR]` lists them; `compare RUN RUN ...` shows in which settings and results they
-    differ; `rm RUN ...` removes runs with all their checkpoints, at once and for good; `consolidate RUN ...` replaces the
-    last checkpoint, where several processes have written it, by its plain form, which other programs read too.
+    differ; `rm RUN ...` removes runs with all their checkpoints, at once and for good; `consolidate RUN ...` puts
+    the last checkpoint together in one file, where several processes have written theirs.
     """
 
     action: Annotated[Positional[Literal["ls", "compare", "rm", "consolidate"]], arg(help="What to do.")]

@@ -63,7 +63,7 @@ class World:
         said = torch.tensor(list(text.encode() if self.rank == 0 else b""), dtype=torch.int64, device=self.device)
         heard = said.new_zeros(int(self.total(torch.tensor(len(said), device=self.device))))
         heard[: len(said)] = said
-        return bytes(self.total(heard).tolist()).decode()
+        return bytes(self.total(heard).tolist()).decode() if len(heard) else ""
 
     def any(self, said: bool) -> bool:
         """Whether it is so in any process: what all of them then do."""

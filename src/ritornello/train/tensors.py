@@ -92,7 +92,7 @@ def write(
         x = described[name]
         span = [place, place := place + x.numel() * x.dtype.itemsize]
         header[name] = {"dtype": kinds[x.dtype], "shape": list(x.shape), "data_offsets": span}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out(memoryview(len(text).to_bytes(8, "little") + text))
     for name in filter(lambda name: described[name].numel(), names):
