@@ -16,8 +16,8 @@ from ritornello.config import shown
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 DTYPES = {  # by the format's names, in the format's order
-    "F64": torch.float64,
     "I64": torch.int64,
+    "F64": torch.float64,
     "F32": torch.float32,
     "I32": torch.int32,
     "BF16": torch.bfloat16,
