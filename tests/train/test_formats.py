@@ -1,8 +1,8 @@
 """A checkpoint of every format there ever was is read and continued.
 
 `formats/format_<n>` was written by the code of its time after 20 steps of tests/train/small.py's recipe, and
-`format_<n>.json` holds the losses of the ten steps after them. Neither is ever written again. Format 3 was written by two
-processes: what the run goes on with is what it would on one.
+`format_<n>.json` holds the losses of the ten steps after them. Neither is ever written again. Format 3
+was written by two processes: the run goes on as it would have after one.
 """
 
 import json
