@@ -96,8 +96,7 @@ def state(data: bytes) -> State:
     (directory / checkpoint.OPTIMIZER).write_bytes(seed("weights"))
     body = json.loads(_manifest())
     about = checkpoint.Manifest(**{name: value for name, value in body.items() if name != "checksum"})
-    recipe = Recipe(name="r", model=ModelConfig(dim=32))
-    found = checkpoint.Checkpoint(directory=directory, manifest=about, recipe=recipe, tokenizer_json="", model_state={})
+    found = checkpoint.Checkpoint(directory=directory, manifest=about)
     return recipes.validated(State, checkpoint.training_state(found)[1])
 
 

@@ -30,7 +30,7 @@ VERBS = {
     "train": ("Train", "train a model as a recipe says"),
     "generate": ("Generate", "continue a text with a trained model"),
     "calibrate": ("Calibrate", "find an exit threshold that keeps a stated risk"),
-    "runs": ("Runs", "list, compare and remove runs"),
+    "runs": ("Runs", "list, compare, consolidate and remove runs"),
     "lab": ("Lab", "test the claims: loops, depth, stability, halting"),
     "info": ("Info", "what a preset costs: parameters, FLOPs, cache"),
     "doctor": ("Doctor", "what this machine can run, for a bug report"),

@@ -19,6 +19,7 @@ Halting = Literal["none", "act", "gate", "kl", "delta", "entropy"]
 ReadOut = Literal["last", "mixture"]
 InitialState = Literal["zeros", "e", "noise"]
 Gather = Literal["step", "loop"]
+CheckpointForm = Literal["auto", "plain", "sharded"]
 LoraTarget = Literal["q", "o", "ffn"]
 KvSharing = Literal["per_loop", "first"]
 CachePolicy = Literal["per_loop", "last", "first"]
@@ -384,6 +385,7 @@ class TrainConfig:
     eval_batches: int = 16
     eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)
     save_every: int = 500
+    checkpoint_form: CheckpointForm = "auto"  # sharded: each process writes its part; auto: where there are several
     save_in_background: bool = True  # training goes on from a copy in memory while a checkpoint is written
     keep_checkpoints: int = 2
     warm_start: str = ""  # a run or checkpoint whose weights this run starts from

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import pytest
 from torch import Tensor
 
 from ritornello import recipes
+from ritornello.engine.generate import load
 from ritornello.train import checkpoint
+from ritornello.train.consolidate import consolidate
 from ritornello.train.trainer import train
 from tests.distributed.worker import KINDS, LONG, SABOTAGE, SETTINGS, STEPS, layouts
 from tests.train.small import recipe
@@ -94,6 +97,48 @@ def test_a_run_is_that_of_one_process(launched: tuple[Any, Path]) -> None:
             assert metrics(folder / name)[step]["loss"] == pytest.approx(values["loss"], rel=1e-4)
     other = checkpoint.load(checkpoint.path_of(folder / "alone", 4))
     assert far(other.model_state, alone.model_state) > 1e-2
+
+
+def test_a_checkpoint_is_read_in_any_layout(launched: tuple[Any, Path]) -> None:
+    """Six layouts by six, of one, two and four processes: parameters and optimizer states, bit for bit; and a process
+    reads the bytes that it holds, no others."""
+    found = launched[0]["checkpoints"]
+    for pair, (equal, control, read) in found.get("topologies", {}).items():
+        assert equal and not control, pair
+        assert all(n_read == n_held for n_read, n_held in read), (pair, read)
+    assert len(found.get("topologies", {})) in (0, 36)
+
+
+def test_any_tensor_is_written_once_and_read_in_parts(launched: tuple[Any, Path]) -> None:
+    """49 layouts on a mesh of two dims, rows dealt out in turns among them."""
+    found = launched[0]["checkpoints"]["any layout"]
+    total, *sizes = found["bytes"]
+    assert found["whole"] and found["in other layouts"] and not found["control"]
+    assert found["parts of one tensor"] > 2
+    assert max(sizes) < total, "each process wrote a part"
+
+
+def test_a_checkpoint_in_the_background_is_of_its_moment(launched: tuple[Any, Path]) -> None:
+    assert launched[0]["checkpoints"]["background"] == {"early": True, "equal": True, "control": False}
+
+
+def test_where_one_process_fails_all_know_and_nothing_is_lost(launched: tuple[Any, Path]) -> None:
+    found = launched[0]["checkpoints"]
+    assert len(found["failures"]) == 8 and all(found["failures"].values()), found["failures"]
+    assert len(found["kept"]) == 4 and all(found["kept"].values()), found["kept"]
+
+
+def test_several_processes_write_parts_and_one_a_whole(launched: tuple[Any, Path]) -> None:
+    """By default; and the whole is made of the parts, without another bit."""
+    _, folder = launched
+    formats = {name: checkpoint.find(folder / name).manifest.format for name in ("alone", "alone first", "together")}
+    assert formats == {"alone": checkpoint.FORMAT, "alone first": checkpoint.SHARDED, "together": checkpoint.SHARDED}
+    shutil.copytree(folder / "together", folder / "consolidated")
+    consolidate(folder / "consolidated")
+    found, parts = checkpoint.load(folder / "consolidated"), checkpoint.load(folder / "together")
+    assert found.manifest.format == checkpoint.FORMAT
+    assert far(found.model_state, parts.model_state) == 0
+    assert far(load(folder / "together", device="cpu").model.state_dict(), found.model_state) == 0
 
 
 def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

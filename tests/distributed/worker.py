@@ -23,6 +23,7 @@ from ritornello.train import parallel
 from ritornello.train.optim import build_optimizers
 from ritornello.train.step import train_step
 from ritornello.train.trainer import train
+from tests.distributed import checkpoints
 from tests.train.small import batch, model_config, train_config
 
 HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 4}
@@ -209,6 +210,7 @@ def main() -> None:
                 if name in ("shard", "expert, tensor"):
                     results["muon"][name] = muon(world, config)
         results["sabotage"] = {name: sabotaged(*what) for name, what in SABOTAGE.items()}
+        results["checkpoints"] = checkpoints.cases(Path(sys.argv[2]) / "checkpoints")
         results["gathers"] = {gather: gathers(everyone, gather) for gather in get_args(Gather)}
     if os.environ["RANK"] == "0":
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))

@@ -362,9 +362,9 @@ def test_saving_a_step_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_newer_format_is_refused_with_advice_and_never_skipped(tmp_path: Path):
     save(tmp_path, 1)
     directory = save(tmp_path, 2)
-    manifest_for(directory, format=checkpoint.FORMAT + 1)
+    manifest_for(directory, format=checkpoint.SHARDED + 1)
     for act in (checkpoint.verify, checkpoint.load):
-        with pytest.raises(checkpoint.NewerFormatError, match=r"format 3 is newer than this version's 2; upgrade"):
+        with pytest.raises(checkpoint.NewerFormatError, match=r"format 4 is newer than this version's 3; upgrade"):
             act(directory)
     with pytest.raises(checkpoint.NewerFormatError):
         checkpoint.latest(tmp_path)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Runs(Command):
     """The runs on this disk. `ls [DIR]` lists them; `compare RUN RUN ...` shows in which settings and results they
-    differ; `rm RUN ...` removes runs with all their checkpoints, at once and for good.
+    differ; `rm RUN ...` removes runs with all their checkpoints, at once and for good; `consolidate RUN ...` puts
+    the last checkpoint together in one file, where several processes have written theirs.
     """
 
-    action: Annotated[Positional[Literal["ls", "compare", "rm"]], arg(help="What to do.")]
+    action: Annotated[Positional[Literal["ls", "compare", "rm", "consolidate"]], arg(help="What to do.")]
     paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="PATH", help="Runs, or for ls where to look.")] = ()
     json: Annotated[bool, option("Print JSON instead of a table.")] = False
 
@@ -43,7 +44,10 @@ class Runs(Command):
             self.show_differences([runs.read(path) for path in self.paths])
             return
         for path in self.paths:
-            print(f"{path}: {megabytes(runs.remove(path))} freed")
+            if self.action == "rm":
+                print(f"{path}: {megabytes(runs.remove(path))} freed")
+            else:
+                print(consolidated(path))
 
     def show_list(self, found: "list[Run]") -> None:
         columns = ["run", "state", "step", "loss", "best val bpb", "peak memory", "on disk", "changed"]
@@ -80,6 +84,15 @@ class Runs(Command):
         for row in rows:
             table.add_row(*("" if value is None else text(value) for value in row))
         Console().print(table)
+
+
+def consolidated(run: Path) -> Path:
+    from ritornello.train import files, runs
+    from ritornello.train.consolidate import consolidate
+
+    require(runs.is_run(run), "RUN", str(run), "the directory of a run", "ritornello runs ls names them")
+    with files.lock(run):
+        return consolidate(run)
 
 
 def megabytes(n_bytes: float) -> str:

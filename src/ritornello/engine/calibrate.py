@@ -141,7 +141,7 @@ def _found(outcome: Outcome, about: checkpoint.Manifest, fingerprint: str) -> Ca
         n_sequences=outcome.n_sequences,
         seq_len=outcome.seq_len,
         step=about.step,
-        weights_sha256=about.files[checkpoint.MODEL].sha256,
+        weights_sha256=about.weights_sha256,
         data_fingerprint=fingerprint,
     )
 

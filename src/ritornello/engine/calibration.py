@@ -134,7 +134,7 @@ def calibration_of(loaded: "Loaded") -> Calibration:
     path, remedy = loaded.path / EXIT, "ritornello calibrate makes it"
     require(path.exists(), "exit", "calibrated", f"used where {path} exists", remedy)
     found = read(path)
-    if found.weights_sha256 != loaded.manifest.files[checkpoint.MODEL].sha256:
+    if found.weights_sha256 != loaded.manifest.weights_sha256:
         held, here = found.step, loaded.manifest.step
         raise ValueError(f"{path}: holds for the weights of step {held}, not for these of step {here}; {remedy} anew")
     return found

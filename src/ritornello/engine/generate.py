@@ -52,7 +52,7 @@ def load(path: str | Path, *, device: str = "auto", weights: Weights | None = No
     target, found = pick_device(device), checkpoint.load(path)
     with torch.device("meta"):
         model = RecurrentDepthTransformer(found.recipe.model)
-    tensors.check(found.model_state, model.state_dict(), found.directory / checkpoint.MODEL)
+    tensors.check(found.model_state, model.state_dict(), found.model.source)
     model.load_state_dict(found.model_state, assign=True)
     tokenizer, room = from_json(found.tokenizer_json), model.config.vocab_size
     name, n_ids = f"{found.directory / checkpoint.TOKENIZER} vocab_size", tokenizer.vocab_size

@@ -5,8 +5,9 @@
         optimizer.safetensors  state.json                   what training continues from
         manifest.json                                       sizes and sha256 of the others, written last
 
-Tensors become bytes first, then every byte goes through `files`. Reading trusts nothing: no pickle, no code, no index,
-and every damage is a `ValueError` that names the file.
+This is the plain form; `sharded` writes another, in which each process has a file of its own for its part of the model
+and one for the optimizer's. Both are read here. Every byte goes through `files`. Reading trusts nothing: no pickle, no
+code, no index, and every damage is a `ValueError` that names the file.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -27,14 +29,19 @@ from torch.optim import Optimizer
 
 from ritornello import recipes
 from ritornello.config import Recipe, require_int
-from ritornello.train import files, parallel, tensors
+from ritornello.train import files, tensors
+from ritornello.train.parallel import ALONE, World, is_spread
 from ritornello.train.runs import CHECKPOINTS, CONFIG
+from ritornello.train.stored import Stored
 from ritornello.train.tokenizer import MAX_BYTES
 
 FORMAT = 2
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+SHARDED = 3  # format 2, tensors apart
+KINDS = ("model", "optimizer")  # of tensors
+MODEL, OPTIMIZER = (f"{kind}.safetensors" for kind in KINDS)
 TOKENIZER, STATE, MANIFEST = "tokenizer.json", "state.json", "manifest.json"
-CONTENTS = {MODEL, OPTIMIZER, CONFIG, TOKENIZER, STATE}
+TEXTS = {CONFIG, TOKENIZER, STATE}
+CONTENTS = {MODEL, OPTIMIZER, *TEXTS}
 
 Scalar = int | float | bool | str | None
 OptimizerState = Mapping[str, Tensor | Scalar]
@@ -60,16 +67,48 @@ class Manifest:
     git_commit: str | None
     files: dict[str, FileRecord]
 
+    def of(self, kind: str) -> list[str]:
+        """The files with the tensors of a kind."""
+        return sorted(name for name in self.files if name.startswith(kind))
+
+    @property
+    def weights_sha256(self) -> str:
+        """What no other weights have: of the plain form its file's, else of all their files'."""
+        found = [self.files[name].sha256 for name in self.of("model")]
+        return found[0] if self.format != SHARDED else _sha256("".join(found).encode())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a verified directory holds; `training_state` reads the rest of it."""
+    """A verified directory, of which everything is read when asked for; `training_state` reads the rest of it.
+
+    Raises:
+        ValueError: when read, where what was written is nonsense; the file is named.
+    """
 
     directory: Path
     manifest: Manifest
-    recipe: Recipe
-    tokenizer_json: str
-    model_state: dict[str, Tensor]
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return recipes.read_json(self.directory / CONFIG)
+
+    @cached_property
+    def tokenizer_json(self) -> str:
+        return recipes.read_text(self.directory / TOKENIZER, max_bytes=MAX_BYTES)
+
+    @cached_property
+    def model(self) -> Stored:
+        return self.stored("model")
+
+    @cached_property
+    def model_state(self) -> dict[str, Tensor]:
+        """Whole."""
+        return self.model.read()
+
+    def stored(self, kind: str) -> Stored:
+        """The tensors of a kind, unread."""
+        return Stored([self.directory / name for name in self.manifest.of(kind)])
 
 
 def save(
@@ -94,29 +133,43 @@ def save(
     """
     require_int("keep", keep, 2)
     tensors.require_finite(model_state, MODEL)
-    scalars = {name: value for name, value in optimizer_state.items() if not isinstance(value, Tensor)}
-    state = json.dumps({"optimizer": scalars, "trainer": trainer_state}, indent=2, allow_nan=False)
-    assert json.loads(state)["trainer"] == trainer_state, "trainer_state must survive JSON: no tuples, keys are strings"
     contents = {
         MODEL: tensors.pack(model_state),
         OPTIMIZER: tensors.pack({name: value for name, value in optimizer_state.items() if isinstance(value, Tensor)}),
-        CONFIG: recipes.to_json(recipe).encode(),
-        TOKENIZER: tokenizer_json.encode(),
-        STATE: state.encode(),
+        **texts(recipe, tokenizer_json, optimizer_state, trainer_state),
     }
-    manifest = Manifest(
-        format=FORMAT,
+    manifest = manifest_of(step, fingerprint, FORMAT, records(contents))
+    target = path_of(run_dir, step)
+    if not _holds(target, manifest):
+        _write(target, contents | {MANIFEST: sealed(asdict(manifest))})
+    purge(target, keep)
+    return target
+
+
+def texts(
+    recipe: Recipe, tokenizer_json: str, optimizer_state: OptimizerState, trainer_state: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The files of a checkpoint that hold no tensors."""
+    scalars = {name: value for name, value in optimizer_state.items() if not isinstance(value, Tensor)}
+    state = json.dumps({"optimizer": scalars, "trainer": trainer_state}, indent=2, allow_nan=False)
+    assert json.loads(state)["trainer"] == trainer_state, "trainer_state must survive JSON: no tuples, keys are strings"
+    return {CONFIG: recipes.to_json(recipe).encode(), TOKENIZER: tokenizer_json.encode(), STATE: state.encode()}
+
+
+def records(contents: Mapping[str, bytes]) -> dict[str, FileRecord]:
+    return {name: FileRecord(size=len(data), sha256=_sha256(data)) for name, data in contents.items()}
+
+
+def manifest_of(step: int, fingerprint: str, format: int, files: dict[str, FileRecord]) -> Manifest:
+    """Of a checkpoint that is written now."""
+    return Manifest(
+        format=format,
         step=step,
         fingerprint=fingerprint,
         versions=_versions(),
         git_commit=_git_commit(),
-        files={name: FileRecord(size=len(data), sha256=_sha256(data)) for name, data in contents.items()},
+        files=files,
     )
-    target = path_of(run_dir, step)
-    if not _holds(target, manifest):
-        _write(target, contents | {MANIFEST: sealed(asdict(manifest))})
-    _purge(target, keep)
-    return target
 
 
 def path_of(run_dir: str | Path, step: int) -> Path:
@@ -124,74 +177,88 @@ def path_of(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir, CHECKPOINTS, f"step_{step:06d}")
 
 
-def verify(directory: str | Path) -> Manifest:
-    """The manifest of a checkpoint whose every file is as it was written, else a `ValueError` that names the file."""
+def verify(directory: str | Path, share: slice = slice(None)) -> Manifest:
+    """The manifest of a checkpoint whose every file is as it was written, else a `ValueError` that names the file.
+
+    share: of its files, those that are read: several processes share the work.
+    """
     directory = Path(directory)
     source = directory / MANIFEST
     text = recipes.read_text(source)
     body = recipes.parse_json(text, source)
     if not isinstance(body, dict) or sealed({k: v for k, v in body.items() if k != "checksum"}) != text.encode():
         raise ValueError(f"{source}: damaged: its checksum differs")
-    if isinstance(body.get("format"), int) and body["format"] > FORMAT:
+    if isinstance(body.get("format"), int) and body["format"] > SHARDED:
         advice = "upgrade with pip install -U ritornello"
-        raise NewerFormatError(f"{source}: format {body['format']} is newer than this version's {FORMAT}; {advice}")
+        raise NewerFormatError(f"{source}: format {body['format']} is newer than this version's {SHARDED}; {advice}")
     try:
         manifest = recipes.validated(Manifest, body)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if not 1 <= manifest.format <= FORMAT or manifest.files.keys() != CONTENTS:
-        raise ValueError(f"{source}: must list the files {', '.join(sorted(CONTENTS))} in a format up to {FORMAT}")
-    for name, record in manifest.files.items():
-        _verify_file(directory / name, record)
+    expected = CONTENTS if manifest.format != SHARDED else _shards(len(manifest.files)) | TEXTS
+    if not 1 <= manifest.format <= SHARDED or manifest.files.keys() != expected:
+        names = ", ".join(sorted(expected)[:10])
+        raise ValueError(
+            f"{source}: must list the files {names}{' …' * (len(expected) > 10)} in a format up to {SHARDED}"
+        )
+    for name in sorted(manifest.files)[share]:
+        _verify_file(directory / name, manifest.files[name])
     return manifest
 
 
-def latest(run_dir: str | Path) -> Path | None:
+def newest(run_dir: str | Path, world: World = ALONE) -> Checkpoint | None:
     """The newest valid checkpoint of a run; damaged ones are skipped with a warning that names the file.
+
+    All processes of `world` ask together: each verifies a share of the files, and all find the same.
 
     Raises:
         ValueError: there are checkpoints, but none is valid: what is left may be worth a look.
     """
     directory = Path(run_dir, CHECKPOINTS)
-    listed = _directories(directory)
-    found = next(_valid(listed), None)
+    listed = _directories(directory, world)
+    found = next(_valid(listed, world), None)
     if listed and found is None:
         raise ValueError(f"{directory}: no valid checkpoint among {len(listed)}; move them away to begin anew")
     return found
 
 
-def load(run_or_checkpoint: str | Path) -> Checkpoint:
-    """The newest checkpoint of a run directory, or the one of a checkpoint directory, verified."""
+def latest(run_dir: str | Path) -> Path | None:
+    """Where the newest valid checkpoint of a run is: see `newest`."""
+    found = newest(run_dir)
+    return found.directory if found else None
+
+
+def find(run_or_checkpoint: str | Path) -> Checkpoint:
+    """The newest checkpoint of a run directory, or the one of a checkpoint directory, verified and not yet read."""
     path = Path(run_or_checkpoint)
     if not path.is_dir():
         raise ValueError(f"{path}: " + ("not a directory" if path.exists() else "no such run or checkpoint"))
     is_checkpoint = (path / MANIFEST).exists() or _step(path) is not None
-    directory = path if is_checkpoint else latest(path)
-    if directory is None:
+    found = Checkpoint(directory=path, manifest=verify(path)) if is_checkpoint else newest(path)
+    if found is None:
         raise ValueError(f"{path}: no valid checkpoint in it")
-    manifest = verify(directory)
-    model_state = tensors.read(directory / MODEL)
-    tensors.require_finite(model_state, directory / MODEL)
-    return Checkpoint(
-        directory=directory,
-        manifest=manifest,
-        recipe=recipes.read_json(directory / CONFIG),
-        tokenizer_json=recipes.read_text(directory / TOKENIZER, max_bytes=MAX_BYTES),
-        model_state=model_state,
-    )
+    return found
 
 
-def training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor | Scalar], dict[str, Any]]:
-    """The `optimizer_state` and `trainer_state` that `save` was given."""
+def load(run_or_checkpoint: str | Path) -> Checkpoint:
+    """As `find`, with the weights and what they need read, by one process."""
+    found = find(run_or_checkpoint)
+    _ = found.model_state, found.recipe, found.tokenizer_json
+    return found
+
+
+def training_state(
+    checkpoint: Checkpoint, layout: Callable[[str], Tensor | None] = lambda _: None
+) -> tuple[dict[str, Tensor | Scalar], dict[str, Any]]:
+    """The `optimizer_state` and `trainer_state` that `save` was given; of the former, what `layout` says, as
+    `Stored.read` does: see `optimizer_layout`."""
     source = checkpoint.directory / STATE
     state = recipes.parse_json(recipes.read_text(source), source)
     match state:
         case {"optimizer": dict(scalars), "trainer": dict(trainer)}:
             for older in range(checkpoint.manifest.format, FORMAT):
                 trainer = MIGRATIONS[older](trainer)
-            states = tensors.read(checkpoint.directory / OPTIMIZER)
-            tensors.require_finite(states, checkpoint.directory / OPTIMIZER)
-            return {**states, **scalars}, trainer
+            return {**checkpoint.stored("optimizer").read(layout), **scalars}, trainer
     raise ValueError(f"{source}: must hold an optimizer's and a trainer's state")
 
 
@@ -237,8 +304,15 @@ def restore_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, state:
         optimizer, group, parameter = owners[owner]
         if isinstance(value, Tensor):  # torch keeps step counters on the CPU unless the kernel reads them
             on_device = value.ndim > 0 or group.get("fused") or group.get("capturable")
-            value = parallel.like(value.to(parameter.device if on_device else "cpu", copy=True), parameter)
+            assert not value.ndim or is_spread(value) == is_spread(parameter), (name, "read as its parameter lies")
+            value = value.to(parameter.device if on_device else "cpu", copy=True)
         optimizer.state[parameter][key] = value
+
+
+def optimizer_layout(optimizers: Sequence[Optimizer], model: nn.Module) -> Callable[[str], Tensor | None]:
+    """By the name of an optimizer's state, the parameter that it belongs to, beside which it lies."""
+    owners = _owners(optimizers, model)
+    return lambda name: owners[owner][2] if (owner := name.rpartition("/")[0]) in owners else None
 
 
 def _owners(
@@ -256,13 +330,32 @@ def _owners(
 def _write(directory: Path, contents: Mapping[str, bytes]) -> None:
     """Publish `contents` as `directory`, the manifest written last; what it was before is replaced."""
     parent = directory.parent
-    files.make_directory(parent)
-    for stale in parent.glob(f"{files.TEMPORARY}*"):  # of a killed process: this one holds the lock
-        files.remove_tree(stale)
+    clear(parent)
     files.require_space(parent, sum(map(len, contents.values())))
     with files.create_directory(directory) as temporary:
         for name, data in contents.items():
             files.write_atomic(temporary / name, data)
+
+
+def clear(checkpoints: Path) -> None:
+    """Make the directory, without anything that a killed process left in it: this one holds the run's lock."""
+    files.make_directory(checkpoints)
+    for stale in checkpoints.glob(f"{files.TEMPORARY}*"):
+        files.remove_tree(stale)
+
+
+def written(path: Path, fill: Callable[[Callable[[memoryview], object]], None]) -> FileRecord:
+    """Create `path` with what `fill` hands on, bit by bit."""
+    digest, size = hashlib.sha256(), 0
+    with files.create(path) as out:
+
+        def take(data: memoryview) -> None:
+            nonlocal size
+            digest.update(data)
+            size += out.write(data)
+
+        fill(take)
+    return FileRecord(size=size, sha256=digest.hexdigest())
 
 
 def _holds(directory: Path, manifest: Manifest) -> bool:
@@ -273,13 +366,13 @@ def _holds(directory: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _purge(saved: Path, keep: int) -> None:
+def purge(saved: Path, keep: int, world: World = ALONE) -> None:
     """Remove what is older than the newest `keep` valid checkpoints. `saved` is kept, even if later steps exist."""
-    found = _directories(saved.parent)
-    if len(found) <= keep:
+    listed = _directories(saved.parent, world)
+    if len(listed) <= keep:
         return
-    kept = list(islice(_valid(found), keep))
-    for directory in found[found.index(kept[-1]) + 1 :] if len(kept) == keep else []:
+    kept = [found.directory for found in islice(_valid(listed, world), keep)]
+    for directory in listed[listed.index(kept[-1]) + 1 :] if len(kept) == keep and not world.rank else []:
         try:
             if directory != saved:
                 files.remove_tree(directory)
@@ -287,11 +380,12 @@ def _purge(saved: Path, keep: int) -> None:
             logger.warning("an old checkpoint stays: %s", error)
 
 
-def _directories(checkpoints: Path) -> list[Path]:
-    """Every checkpoint by name, newest first, valid or not."""
+def _directories(checkpoints: Path, world: World = ALONE) -> list[Path]:
+    """Every checkpoint by name, newest first, valid or not, as the first process sees them."""
     listed = checkpoints.iterdir() if checkpoints.is_dir() else ()
     found = [path for path in listed if _step(path) is not None and path.is_dir()]
-    return sorted(found, key=lambda path: _step(path) or 0, reverse=True)
+    found.sort(key=lambda path: _step(path) or 0, reverse=True)
+    return [checkpoints / name for name in world.told("/".join(path.name for path in found)).split("/") if name]
 
 
 def _step(path: Path) -> int | None:
@@ -299,16 +393,27 @@ def _step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _valid(directories: Iterable[Path]) -> Iterator[Path]:
+def _valid(directories: Iterable[Path], world: World) -> Iterator[Checkpoint]:
     for directory in directories:
+        manifest = None
         try:
-            verify(directory)
+            manifest = verify(directory, slice(world.rank, None, world.size))
         except NewerFormatError:
             raise
         except ValueError as error:
             logger.warning("checkpoint skipped: %s", error)
-        else:
-            yield directory
+        if not world.any(manifest is None) and manifest is not None:
+            yield Checkpoint(directory=directory, manifest=manifest)
+
+
+def _shards(n_files: int) -> set[str]:
+    """The tensors' files of a sharded checkpoint of so many files, and at least one process."""
+    return {shard(kind, rank) for kind in KINDS for rank in range(max(1, (n_files - len(TEXTS)) // len(KINDS)))}
+
+
+def shard(kind: str, rank: int) -> str:
+    """The file in which a process has its part of the tensors of a kind."""
+    return f"{kind}-{rank:05d}.safetensors"
 
 
 def _verify_file(path: Path, record: FileRecord) -> None:

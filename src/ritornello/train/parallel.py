@@ -51,6 +51,8 @@ class World:
         """Among how many processes, or groups of those that read the same rows, these are dealt out."""
         return self.n_peers // (self.n_context * self.n_tensor)
 
+    group: "dist.ProcessGroup | None" = None  # that sends; None: training's own
+
     def part(self, rows: slice) -> slice:
         """Of rows of the global batch, those that this process reads."""
         return self.parts(rows)[self.rank % self.n_peers // (self.n_context * self.n_tensor)]
@@ -69,6 +71,12 @@ class World:
             dist.all_reduce(x.zero_() if self.rank % self.n_tensor else x, group=group)
         return x
 
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
     @contextmanager
     def tokens_shared(self, model: RecurrentDepthTransformer, length: int) -> Iterator[context_parallel.Pieces]:
         """Rows of `length` tokens are shared out: which of them this process gives the model, within."""
@@ -77,30 +85,57 @@ class World:
         with context_parallel.shared(model, pieces, group):
             yield pieces
 
+    def rows(self, x: Tensor) -> Tensor:
+        """(size, *x.shape): the `x` of every process."""
+        found = x.new_zeros((self.size, *x.shape))
+        found[self.rank] = x
+        return self.summed(found)
+
+    def told(self, text: str) -> str:
+        """What the first process says."""
+        said = torch.tensor(list(text.encode() if self.rank == 0 else b""), dtype=torch.int64, device=self.device)
+        heard = said.new_zeros(int(self.summed(torch.tensor(len(said), device=self.device))))
+        heard[: len(said)] = said
+        return bytes(self.summed(heard).tolist()).decode() if len(heard) else ""
+
     def any(self, said: bool) -> bool:
         """Whether it is so in any process: what all of them then do."""
-        if self.size == 1:
-            return said
-        found = torch.tensor(int(said), device=self.device)
-        dist.all_reduce(found)
-        return bool(found)
+        return bool(self.summed(torch.tensor(int(said), device=self.device)))
 
     @contextmanager
-    def first(self) -> Iterator[bool]:
-        """What the first process does for all, which wait for it: whether this is it. All fail where it fails.
+    def together(self) -> Iterator[None]:
+        """What each process does for itself: all of them fail, once all are done, where one fails.
 
         Raises:
-            ValueError: in the others, where the first one's work raised what it says itself.
+            ValueError: in those that did not fail, where another one raised what it says itself.
         """
         failed: BaseException | None = None
         try:
-            yield self.rank == 0
+            yield
         except BaseException as error:  # noqa: BLE001 - raised again, once the others know
             failed = error
         if self.any(failed is not None) and failed is None:
-            raise ValueError("the first process failed: its own message says how")
+            raise ValueError("another process failed: its own message says how")
         if failed is not None:
             raise failed
+
+    @contextmanager
+    def first(self) -> Iterator[bool]:
+        """What the first process does for all, which wait for it: whether this is it. All fail where it fails."""
+        with self.together():
+            yield self.rank == 0
+
+    @contextmanager
+    def apart(self) -> Iterator["World"]:
+        """The same processes, in a group of their own on the host: for a thread that runs beside training."""
+        if self.size == 1:
+            yield replace(self, device=torch.device("cpu"))
+            return
+        group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        try:
+            yield World(self.rank, self.size, group=group)
+        finally:
+            dist.destroy_process_group(group)
 
     def same(self, what: str, *numbers: int) -> None:
         """Raises ValueError if these numbers are others in another process."""
@@ -350,15 +385,6 @@ def n_parts(x: Any) -> int:
 def whole(x: Any) -> Any:
     """A tensor put together from all processes, which all have to ask; anything else as it is."""
     return x.full_tensor() if is_spread(x) else x
-
-
-def like(x: Tensor, parameter: Any) -> Tensor:
-    """The part of `x`, which every process has whole, that belongs beside this part of a parameter."""
-    if not is_spread(parameter) or x.ndim == 0:
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def gathered(state: Mapping[str, Any], *, keep: bool = True) -> dict[str, Any]:

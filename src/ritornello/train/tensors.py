@@ -1,7 +1,8 @@
 """Named tensors as the bytes of a safetensors file, and back without trusting a byte of it."""
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from ritornello import recipes
 from ritornello.config import shown
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+DTYPES = {  # by the format's names, in the format's order
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
@@ -54,22 +67,70 @@ def _view(name: str, tensor: Tensor) -> object:
     return same if tensor.numel() else name
 
 
+def write(
+    out: Callable[[memoryview], object],
+    described: Mapping[str, Tensor],
+    tensor: Callable[[str], Tensor],
+    **metadata: object,
+) -> None:
+    """A safetensors file of which one tensor at a time is in memory.
+
+    Args:
+        out: takes the next bytes.
+        described: shape and dtype of each tensor by name (meta tensors will do).
+        tensor: the one of a name; each is asked for once.
+        metadata: plain JSON.
+    """
+    assert sys.byteorder == "little", "the format's"
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    names = sorted(
+        described, key=lambda name: (list(kinds).index(described[name].dtype), name)
+    )  # aligned in this order
+    header: dict[str, object] = {"__metadata__": {name: json.dumps(value) for name, value in metadata.items()}}
+    place = 0
+    for name in names:
+        x = described[name]
+        span = [place, place := place + x.numel() * x.dtype.itemsize]
+        header[name] = {"dtype": kinds[x.dtype], "shape": list(x.shape), "data_offsets": span}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out(memoryview(len(text).to_bytes(8, "little") + text))
+    for name in filter(lambda name: described[name].numel(), names):
+        out(tensor(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of itself, by tensor; what it says is checked by who opens it with the library.
+
+    Raises:
+        ValueError: not such a file (a renamed pickle, say), or a duplicate key; names `path`.
+    """
+    with path.open("rb") as source:
+        begin, n_bytes = source.read(9), path.stat().st_size
+        end = 8 + int.from_bytes(begin[:8], "little")
+        if len(begin) < 9 or end > min(n_bytes, MAX_HEADER) or begin[8:] != b"{":
+            raise ValueError(
+                f"{path}: not a safetensors file; pickles are never loaded: convert it where it is trusted"
+            )
+        text = begin[8:] + source.read(end - 9)
+    try:
+        return recipes.parse_json(text.decode(), path)  # the library lets duplicate keys pass
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU.
 
     Raises:
         ValueError: not such a file (a renamed pickle, say), a duplicate key, offsets that do not fit; names `path`.
     """
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    if len(raw) < 8 or end > min(len(raw), MAX_HEADER) or raw[8:9] != b"{":
-        raise ValueError(f"{path}: not a safetensors file; pickles are never loaded: convert it where it is trusted")
+    about = header(path)
     try:
-        header = recipes.parse_json(raw[8:end].decode(), path)  # the library lets duplicate keys pass
-        tensors = safetensors.torch.load(raw)
-    except (safetensors.SafetensorError, UnicodeDecodeError, KeyError, RuntimeError) as error:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
-    return tensors | _tied(header, tensors, path)
+    return tensors | {name: tensors[owner] for name, owner in ties(about, tensors, path).items()}
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:
@@ -106,11 +167,12 @@ def _plain(value: object) -> str:
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")
 
 
-def _tied(header: dict[str, dict[str, str]], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def ties(header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """The names that are not in the file but mean one of its tensors."""
     owners = recipes.parse_json(header.get("__metadata__", {}).get("tied", "{}"), path)
     if not isinstance(owners, dict):
         raise ValueError(f"{path}: tied = {shown(owners)}: must be an object of names")
     for name, owner in owners.items():
         if name in tensors or not isinstance(owner, str) or owner not in tensors:
             raise ValueError(f"{path}: {shown(name)} is tied to {shown(owner)}, which is not in the file")
-    return {name: tensors[owner] for name, owner in owners.items()}
+    return owners

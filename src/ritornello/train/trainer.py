@@ -74,9 +74,8 @@ def train(
         dataset = prepare(recipe.data, cache, offline=offline, progress=data_progress)
         _check_vocabulary(recipe, dataset)
         model = RecurrentDepthTransformer(recipe.model, seed=config.seed)
-        keep, background = config.keep_checkpoints, config.save_in_background
-        with _claimed(out, world), stop_request() as request, Saver(out, keep=keep, background=background) as saver:
-            found = checkpoint.latest(out)
+        with _claimed(out, world), stop_request() as request, _saver(out, config, world) as saver:
+            found = checkpoint.newest(out, world)
             ok = resume or found is None
             require(ok, "out", str(out), "a directory without a run", "resume it, or choose another")
             if found is None and config.warm_start:
@@ -86,7 +85,8 @@ def train(
             reset_peak_memory(target)
             trainer = Trainer(recipe, dataset, model, build_optimizers(model, config), saver, world)
             if found is not None:
-                trainer.restore(checkpoint.load(found), other_data=other_data)
+                with world.together():
+                    trainer.restore(found, other_data=other_data)
                 ok = trainer.step <= config.steps
                 require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
             world.same("the step to go on from, and the data", trainer.step, int(dataset.fingerprint[:12], 16))
@@ -116,6 +116,17 @@ def _claimed(out: Path, world: parallel.World) -> Iterator[None]:
                 files.make_directory(out)
                 stack.enter_context(files.lock(out))
         yield
+
+
+@contextmanager
+def _saver(out: Path, config: TrainConfig, world: parallel.World) -> Iterator[Saver]:
+    """Of the form of checkpoints that the run writes."""
+    form = config.checkpoint_form
+    with ExitStack() as stack:
+        sharded = form == "sharded" or (form == "auto" and world.size > 1)
+        writers = stack.enter_context(world.apart()) if sharded else None
+        how: Any = {"keep": config.keep_checkpoints, "background": config.save_in_background, "world": writers}
+        yield stack.enter_context(Saver(out, **how))
 
 
 @dataclass(frozen=True)
@@ -199,28 +210,27 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this moment."""
-        keep = self.world.rank == 0
-        model_state = parallel.gathered(self.model.state_dict(), keep=keep)
         optimizer_state = checkpoint.flatten_optimizers(self.optimizers, self.model)
-        optimizer_state = parallel.gathered(optimizer_state, keep=keep)
+        states = {"model_state": self.model.state_dict(), "optimizer_state": optimizer_state}
+        others: Any = {
+            "recipe": self.recipe,
+            "tokenizer_json": self.dataset.tokenizer.to_json(),
+            "trainer_state": {"step": self.step, "guard": self.guard.state()},
+            "fingerprint": self.dataset.fingerprint,
+        }
+        if self.saver.world is not None:
+            self.saver.save(step=self.step, **states, **others)
+            return
+        states = {name: parallel.gathered(state, keep=self.world.rank == 0) for name, state in states.items()}
         with self.world.first() as first:
             if first:
-                self.saver.save(
-                    step=self.step,
-                    model_state=model_state,
-                    recipe=self.recipe,
-                    tokenizer_json=self.dataset.tokenizer.to_json(),
-                    optimizer_state=optimizer_state,
-                    trainer_state={"step": self.step, "guard": self.guard.state()},
-                    fingerprint=self.dataset.fingerprint,
-                )
+                self.saver.save(step=self.step, **states, **others)
 
     def saved(self) -> Path:
         """The last checkpoint, once it is on the disk."""
-        with self.world.first() as first:
-            path = self.saver.wait() if first else checkpoint.path_of(self.saver.run_dir, self.step)
-        assert path is not None
-        return path
+        with self.world.together():
+            self.saver.wait()
+        return checkpoint.path_of(self.saver.run_dir, self.step)
 
     def restore(self, found: checkpoint.Checkpoint, *, other_data: bool) -> None:
         """Continue from `found`. The [train] settings may differ: they then hold from here on."""
@@ -231,13 +241,14 @@ class Trainer:
             ok = found.manifest.fingerprint == self.dataset.fingerprint
             require(ok, "data fingerprint", self.dataset.fingerprint, f"{found.manifest.fingerprint}", remedy)
         own = self.model.state_dict()
-        tensors.check(found.model_state, own, found.directory / checkpoint.MODEL)
-        optimizer_state, saved = checkpoint.training_state(found)
+        tensors.check(found.model.described, own, found.model.source)
+        layout = checkpoint.optimizer_layout(self.optimizers, self.model)
+        optimizer_state, saved = checkpoint.training_state(found, layout)
         try:
             state = recipes.validated(State, saved)
         except ValueError as error:
             raise ValueError(f"{found.directory / checkpoint.STATE}: trainer: {error}") from None
-        self.model.load_state_dict({name: parallel.like(x, own[name]) for name, x in found.model_state.items()})
+        self.model.load_state_dict(found.model.read(own.get))
         checkpoint.restore_optimizers(self.optimizers, self.model, optimizer_state)
         self.guard.restore(state.guard)
         self.step, self.saver.newest = state.step, found.directory

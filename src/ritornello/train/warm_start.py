@@ -29,7 +29,7 @@ def warm_start(model: RecurrentDepthTransformer, source: str, *, tokenizer_json:
     state = {name: t for name, t in other.model_state.items() if name in expected or not name.startswith(NEW_PARTS)}
     state |= {name: t for name, t in expected.items() if name not in state and name.startswith(NEW_PARTS)}
     state = resized(state, model.config)
-    tensors.check(state, expected, other.directory / checkpoint.MODEL)
+    tensors.check(state, expected, other.model.source)
     model.load_state_dict(state)
 
 
