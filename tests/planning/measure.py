@@ -8,7 +8,7 @@ gives back within one operator, and what an allocator keeps for later.
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ritornello.config import Recipe
+from ritornello.model import attention as attention_module
+from ritornello.model import moe
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops.experts import experts_grouped
 from ritornello.train.optim import build_optimizers
 from ritornello.train.step import train_step
 from tests.train.small import batch
@@ -77,7 +80,6 @@ class Measured:
     optimizer: int
     forward: int
     peak: int
-    parts: dict[str, int] = field(default_factory=dict)
 
 
 def measured(recipe: Recipe) -> Measured:
@@ -100,3 +102,69 @@ def measured(recipe: Recipe) -> Measured:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps what a GPU's fused kernel keeps: the input, the weight and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x * scale, grads[0] * weight
+        for_x = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+        return for_x, None, (grads[0] * normed).flatten(0, -2).sum(0), None
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what a GPU's kernels keep, of values narrower than keys too: queries, keys, values, output, sums."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out, sums = _attend(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, _, _ = ctx.saved_tensors
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            out, _ = _attend(*inputs, ctx.scale)
+        return *torch.autograd.grad(out, inputs, grads[0]), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal, one head of a batch row after the other; the output lies as (B, T, H, M)."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    scores = (q @ k.transpose(-1, -2) * scale).float().masked_fill(~mask, -torch.inf)
+    out = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).contiguous().transpose(1, 2)
+    return out, scores.logsumexp(-1)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """A CPU takes a GPU's paths: fused norms, one attention for all widths, grouped experts."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+        assert mask is None
+        return _Attention.apply(q, k, v, scale)
+
+    def grouped(x: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor, exact: bool) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x, gate_up, down = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, gate_up, down))
+        return experts_grouped(x, gate_up, down, *rest)
+
+    with (
+        mock.patch.object(torch.nn.functional, "rms_norm", _Norm.apply),
+        mock.patch.object(attention_module, "attention", attention),
+        mock.patch.object(moe, "experts", grouped),
+    ):
+        yield

@@ -8,6 +8,7 @@ the low-rank deltas that sequences of drawn depth pick, and masks.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from ritornello.config import ModelConfig, Recipe, require
 
@@ -55,6 +56,7 @@ def check(recipe: Recipe) -> None:
     require(loss == "frozen", "train.halting_loss", loss, "'frozen' for a plan", remedy)
 
 
+@cache
 def kept(config: ModelConfig, keeps: Keeps) -> Kept:
     """See `Kept`. Single precision streams throughout, products in `keeps.low` bytes."""
     c = config
@@ -86,7 +88,9 @@ def _injection(c: ModelConfig) -> float:
 
 def _layer(c: ModelConfig, keeps: Keeps, *, looped: bool) -> float:
     moe = looped and c.ffn == "moe"
-    inputs = 2 * (4 * c.dim + _norm(c.dim, keeps)) + keeps.low * c.dim  # the stream before each branch, and what is read
+    inputs = (
+        2 * (4 * c.dim + _norm(c.dim, keeps)) + keeps.low * c.dim
+    )  # the stream before each branch, and what is read
     if c.norm != "pre":
         inputs += 2 * (4 * c.dim + _norm(c.dim, keeps))
     branch = _mixture(c, keeps) if moe else keeps.low * (c.dim + 4 * c.ffn_dim / keeps.tensor)

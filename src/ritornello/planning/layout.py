@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ritornello.config import Gather, ModelConfig, require, require_choice, require_int
+from ritornello.config import Gather, ModelConfig, require, require_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,6 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("replicate", "shard", "expert", "context", "tensor"):
             require_int(f"layout.{name}", getattr(self, name), 1)
-        require_choice("layout.gather", self.gather, ("step", "loop"))
         ok = self.shard % self.expert == 0
         require(ok, "layout.expert", self.expert, f"a divisor of shard ({self.shard})")
 

@@ -6,7 +6,8 @@ Under autocast a weight's bfloat16 copy is kept for the whole step; experts are 
 is kept for its loop's backward pass, unless activations are computed again.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 from ritornello.accounting import CACHED_NUMBERS, CHUNK_NUMBERS, PROBE_STRIDE, count_parameters
 from ritornello.config import ModelConfig, Recipe, TrainConfig
@@ -32,7 +33,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        held = self.weights + self.gradients + self.optimizer + self.gathered
+        return held + self.copies + self.activations + self.loss + self.working
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class Sizes:
     once: float
     root: float
 
-    @property
+    @cached_property
     def total(self) -> float:
         return self.experts + self.block + self.once + self.root
 
     @staticmethod
+    @cache
     def of(config: ModelConfig) -> "Sizes":
         shares = count_parameters(config)["shares"]
         take = lambda *names: sum(shares.get(name, 0) for name in names)  # noqa: E731
@@ -155,13 +158,19 @@ class Moments:
 
     def resting(self, **more: float) -> Memory:
         """With what is held all the time."""
-        states = optimizer_bytes(self.config, self.train) * self.held.total / Sizes.of(self.config).total
-        return Memory(weights=FLOAT * self.held.total, optimizer=states, **more)
+        return Memory(weights=FLOAT * self.held.total, optimizer=self.states, **more)
+
+    @cached_property
+    def states(self) -> float:
+        """Of the optimizer, spread as parameters are."""
+        kind = self.train.optimizer
+        return optimizer_bytes(self.config, kind) * self.held.total / Sizes.of(self.config).total
 
     def earlier(self) -> float:
         """Gradients of micro-batches before this one."""
         return FLOAT * self.held.total if self.load.accumulates else 0
 
+    @cached_property
     def gathered(self) -> float:
         if self.layout.n_processes == 1:
             return 0
@@ -195,7 +204,7 @@ class Moments:
         read = (n * d + self.vocabulary) * low * self.keeps.lowered  # the last state and the head, lowered
         loss = logits + max(work + made * self.vocabulary, adding * self.vocabulary) + n * d * low + read
         more = {"activations": self.activations(), "copies": self.copies(left=self.load.deepest), "loss": loss}
-        return self.resting(gradients=self.earlier(), gathered=self.gathered(), **more)
+        return self.resting(gradients=self.earlier(), gathered=self.gathered, **more)
 
     def after_loss(self) -> float:
         """The gradients that the loss has made: of the head, and of the last state; what the probe's loss keeps."""
@@ -213,25 +222,34 @@ class Moments:
         return replace(before, loss=before.loss + numbers * 2 * (self.keeps.low + FLOAT), working=0)
 
     def at_coda(self) -> Memory:
-        more = {"activations": self.activations(), "copies": self.copies(left=self.load.deepest), "loss": self.after_loss()}
-        working = self.load.n_tokens * self.kept.working
-        return self.resting(gradients=self.earlier(), gathered=self.gathered(), working=working, **more)
+        return self.resting(
+            gradients=self.earlier(),
+            gathered=self.gathered,
+            copies=self.copies(left=self.load.deepest),
+            activations=self.activations(),
+            loss=self.after_loss(),
+            working=self.load.n_tokens * self.kept.working,
+        )
 
     def at_loop(self, *, first: bool) -> Memory:
         """In the last loop, whose gradients come first, or in the one before it, where they are added up."""
-        kept, load, done, passed = self.kept, self.load, 0 if first else 1, 1 / self.n_recurrent
-        waiting = FLOAT * self.whole.experts + self.keeps.low * self.whole.block
-        layer = (self.whole.experts + self.whole.block) / self.n_recurrent
-        largest = 2 / 3 * self.whole.experts / self.n_recurrent
-        working = load.n_tokens * kept.working
-        working += FLOAT * layer if self.layout.n_processes > 1 else 2 * FLOAT * largest * (not first)
-        coda = FLOAT * self.held.once * self.config.n_coda_layers / max(1, self.n_once)
+        kept, load, n = self.kept, self.load, self.n_recurrent
+        done, passed = 0 if first else 1, 1 / n  # loops; the share of this one's copies that is let go
         activations = self.activations(coda=False, loops=load.loops * (1 - done / max(1, load.deepest)))
         if self.train.checkpoint_activations:
             activations += load.n_tokens * (kept.loop - kept.entering)
-        more = {"activations": activations, "copies": self.copies(left=load.deepest - done - passed, again=1 - passed), "loss": FLOAT * self.vocabulary}
-        more |= {"gradients": self.earlier() + waiting + coda, "working": working}
-        return self.resting(gathered=self.gathered(), **more)
+        waiting = FLOAT * self.whole.experts + self.keeps.low * self.whole.block
+        coda = FLOAT * self.held.once * self.config.n_coda_layers / max(1, self.n_once)
+        layer, largest = (self.whole.experts + self.whole.block) / n, 2 / 3 * self.whole.experts / n
+        adding = FLOAT * layer if self.layout.n_processes > 1 else 2 * FLOAT * largest * (not first)
+        return self.resting(
+            gradients=self.earlier() + waiting + coda,
+            gathered=self.gathered,
+            copies=self.copies(left=load.deepest - done - passed, again=1 - passed),
+            activations=activations,
+            loss=FLOAT * self.vocabulary,
+            working=load.n_tokens * kept.working + adding,
+        )
 
     @property
     def n_once(self) -> int:
@@ -239,19 +257,22 @@ class Moments:
 
     def at_prelude(self) -> Memory:
         whole = 3 if self.config.tie_embeddings else 1  # the head's, the embedding's, their sum
-        gradients = FLOAT * (self.held.total + self.vocabulary * (whole - 1 / self.layout.shard))
-        more = {"activations": self.load.n_tokens * self.kept.prelude, "working": self.load.n_tokens * self.kept.working}
-        gathered = 0 if self.layout.n_processes == 1 else FLOAT * (self.whole.root + self.whole.once / max(1, self.n_once))
-        return self.resting(gradients=gradients + self.earlier(), gathered=gathered, **more)
+        alone = self.layout.n_processes == 1
+        return self.resting(
+            gradients=FLOAT * (self.held.total + self.vocabulary * (whole - 1 / self.layout.shard)) + self.earlier(),
+            gathered=0 if alone else FLOAT * (self.whole.root + self.whole.once / max(1, self.n_once)),
+            activations=self.load.n_tokens * self.kept.prelude,
+            working=self.load.n_tokens * self.kept.working,
+        )
 
     def at_optimizer(self) -> Memory:
         return self.resting(gradients=FLOAT * self.held.total)
 
 
-def optimizer_bytes(config: ModelConfig, train: TrainConfig) -> float:
+@cache
+def optimizer_bytes(config: ModelConfig, kind: str) -> float:
     """AdamW keeps two numbers for each of a parameter, Muon one for each of its matrices'."""
-    total = count_parameters(config)["total"]
-    return 2 * FLOAT * total - (FLOAT * matrices(config) if train.optimizer == "muon" else 0)
+    return 2 * FLOAT * Sizes.of(config).total - (FLOAT * matrices(config) if kind == "muon" else 0)
 
 
 def matrices(config: ModelConfig) -> int:
