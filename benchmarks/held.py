@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +23,9 @@ from ritornello.model import attention as attention_module
 from ritornello.model import moe
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.experts import experts_grouped
+from ritornello.train.data import Batch
 from ritornello.train.optim import build_optimizers
 from ritornello.train.step import train_step
-from tests.train.small import batch
 
 
 class Live(TorchDispatchMode):
@@ -86,7 +87,7 @@ def measured(recipe: Recipe) -> Measured:
     """Of the second step of a new model, on random tokens: the first one makes the optimizers' states."""
     train, model = recipe.train, RecurrentDepthTransformer(recipe.model).train()
     optimizers = build_optimizers(model, train)
-    data = batch(n=train.batch_size, length=recipe.data.seq_len, vocab_size=recipe.model.vocab_size)
+    data = random_batch(recipe)
     train_step(model, optimizers, data, train=train, step=0)
     for parameter in model.parameters():
         parameter.grad = None
@@ -98,6 +99,13 @@ def measured(recipe: Recipe) -> Measured:
         train_step(model, optimizers, data, train=train, step=1)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return Measured(*map(_bytes, (weights, gradients, states)), live.before_backward - rest, live.peak)
+
+
+def random_batch(recipe: Recipe) -> Batch:
+    """Rows of one document each."""
+    shape = recipe.train.batch_size, recipe.data.seq_len
+    tokens, labels = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (2, *shape))
+    return Batch(tokens, labels, np.zeros(shape, np.int64), np.arange(shape[0]), np.full(shape[0], shape[1]))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
