@@ -9,11 +9,9 @@ from ritornello.config import DataConfig, ModelConfig, Recipe, TrainConfig
 from ritornello.planning.layout import Layout
 from ritornello.planning.memory import Moments
 
-SIZES: dict[str, Any] = {
-    **{"vocab_size": 256, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 160},
-    **{"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
-    **{"n_experts": 16, "n_active_experts": 2, "expert_dim": 32},  # 64 pairs an expert: no slot stays empty
-}
+SIZES: dict[str, Any] = {"vocab_size": 256, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 160}
+SIZES |= {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+SIZES |= {"n_experts": 16, "n_active_experts": 2, "expert_dim": 32}  # 64 pairs an expert: no slot stays empty
 KINDS = tuple(product(("dense", "moe"), ("gqa", "mla"), (2, 4, 8), (0, 2), (False, True), ("fp32", "bf16")))
 
 
