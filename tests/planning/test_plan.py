@@ -13,6 +13,7 @@ from ritornello.accounting import flops_per_token
 from ritornello.commands.plan import Plan as Command
 from ritornello.config import Recipe
 from ritornello.planning import roofline
+from ritornello.planning.activations import Keeps, kept
 from ritornello.planning.hardware import GPUS
 from ritornello.planning.layout import Layout, layouts, refused
 from ritornello.planning.plan import Asked, candidates, missing, plan
@@ -95,6 +96,16 @@ def test_what_is_sent_by_hand() -> None:
     assert shared.n_bytes < 0.2 * once.n_bytes  # experts stay where they are
     replicas = roofline.sent(r, Layout(replicate=2))
     assert list(replicas) == ["sums over replicas"] and replicas["sums over replicas"].span == 2
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_who_shares_a_sequence_keeps_all_its_keys_and_values(attention: str) -> None:
+    c = preset("1b", attention=attention)  # type: ignore[arg-type]
+    alone, shared = (kept(c, Keeps(2, context=n)).loop for n in (1, 3))
+    each = c.kv_width
+    if attention == "mla":  # and those of every head
+        each += c.n_heads * (2 * c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    assert shared - alone == 2 * 2 * c.n_recurrent_layers * each
 
 
 def test_links_are_faster_than_the_network() -> None:

@@ -16,11 +16,13 @@ from ritornello.config import ModelConfig, Recipe, require
 @dataclass(frozen=True)
 class Keeps:
     """How numbers are kept. low: bytes of one that products read (2 under bfloat16 autocast); fused: as on a GPU.
-    tensor: processes that share heads and widths, each keeping its part of what lies between two products."""
+    tensor: processes that share heads and widths, each keeping its part of what lies between two products; context:
+    those that share a sequence, each keeping its keys and values whole."""
 
     low: int
     fused: bool = True
     tensor: int = 1
+    context: int = 1
 
     @property
     def lowered(self) -> bool:
@@ -88,11 +90,8 @@ def _injection(c: ModelConfig) -> float:
 
 def _layer(c: ModelConfig, keeps: Keeps, *, looped: bool) -> float:
     moe = looped and c.ffn == "moe"
-    inputs = (
-        2 * (4 * c.dim + _norm(c.dim, keeps)) + keeps.low * c.dim
-    )  # the stream before each branch, and what is read
-    if c.norm != "pre":
-        inputs += 2 * (4 * c.dim + _norm(c.dim, keeps))
+    normed = 2 * (4 * c.dim + _norm(c.dim, keeps))  # the stream before each branch
+    inputs = normed * (1 if c.norm == "pre" else 2) + keeps.low * c.dim  # and what attention reads
     branch = _mixture(c, keeps) if moe else keeps.low * (c.dim + 4 * c.ffn_dim / keeps.tensor)
     targets = set(c.lora_targets) if looped and c.lora_rank else set()
     deltas = c.lora_rank * sum({"q": 1, "o": 1, "ffn": 3}[target] for target in targets)
@@ -106,19 +105,19 @@ def _rotary(c: ModelConfig, keeps: Keeps) -> float:
 
 def _grouped_query(c: ModelConfig, keeps: Keeps) -> float:
     """Queries and outputs; keys and values; a sum for each head."""
-    numbers = (2 * c.n_heads * c.head_dim + c.kv_width) / keeps.tensor
+    numbers = (2 * c.n_heads * c.head_dim + keeps.context * c.kv_width) / keeps.tensor
     return keeps.low * numbers + 4 * c.n_heads / keeps.tensor + _rotary(c, keeps)
 
 
 def _latent(c: ModelConfig, keeps: Keeps) -> float:
     """Latents with their norms; then keys and values of every head. A CPU pads values to the width of keys."""
     width, heads = c.qk_nope_head_dim + c.qk_rope_head_dim, c.n_heads / keeps.tensor
-    values = c.qk_nope_head_dim + 2 * c.v_head_dim  # as kv_b_proj made them, and the output
-    if not keeps.fused:
-        values = 2 * width + c.v_head_dim if c.v_head_dim < width else values
-    per_head = keeps.low * (2 * width + values) + 4
+    seen, out = width + c.qk_nope_head_dim + c.v_head_dim, c.v_head_dim  # keys, then what kv_b_proj made; the output
+    if not keeps.fused and c.v_head_dim < width:
+        seen, out = 2 * width, width + c.v_head_dim
+    per_head = keeps.low * (width + keeps.context * seen + out) + 4
     projected = 4 * c.kv_lora_rank + (0 if keeps.lowered else 4 * c.qk_rope_head_dim)
-    latents = projected + _norm(c.kv_lora_rank, keeps) + keeps.low * c.kv_width
+    latents = projected + _norm(c.kv_lora_rank, keeps) + keeps.low * keeps.context * c.kv_width
     if c.q_lora_rank:
         latents += (4 + keeps.low) * c.q_lora_rank + _norm(c.q_lora_rank, keeps)
     return latents + heads * per_head + _rotary(c, keeps)

@@ -132,7 +132,7 @@ class Moments:
 
     @staticmethod
     def of(recipe: Recipe, layout: Layout, *, fused: bool) -> "Moments":
-        keeps = Keeps(2 if recipe.train.precision == "bf16" else FLOAT, fused, layout.tensor)
+        keeps = Keeps(2 if recipe.train.precision == "bf16" else FLOAT, fused, layout.tensor, layout.context)
         sizes, load = Sizes.of(recipe.model), Load.of(recipe, layout)
         per_token = kept(recipe.model, keeps)
         held, whole = sizes.held(layout), sizes.whole(layout)
