@@ -134,7 +134,7 @@ def test_each_preset_fits_or_says_what_is_missing(name: str) -> None:
     try:
         best = plan(asked(name, 8)).best
     except ValueError as error:
-        said = re.fullmatch(r"--gpus = 8: must be enough for ([\d,]+) GB a GPU \(.*\), which has 72 .*", str(error))
+        said = re.fullmatch(r"--gpus = 8: must be enough for ([\d,.]+) GB a GPU \(.*\), which has 72 .*", str(error))
         assert said and float(said[1].replace(",", "")) > 72 and "at least" in str(error)
         n = int(re.search(r"at least (\d+) GPUs", str(error))[1])  # type: ignore[index]
         assert any(x.fits for x in candidates(asked(name, n)))

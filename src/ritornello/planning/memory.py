@@ -146,7 +146,11 @@ class Moments:
             found["the last loop's gradients"] = self.at_loop(first=True)
             if self.load.deepest > 1:
                 found["an earlier loop's gradients"] = self.at_loop(first=False)
-        return found | {"the first layers' gradients": self.at_prelude(), "the optimizer": self.at_optimizer()}
+        return found | {
+            "the first layers' gradients": self.at_prelude(),
+            "the embedding's gradients": self.at_embedding(),
+            "the optimizer": self.at_optimizer(),
+        }
 
     @property
     def n_recurrent(self) -> int:
@@ -256,14 +260,31 @@ class Moments:
         return self.config.n_prelude_layers + self.config.n_coda_layers
 
     def at_prelude(self) -> Memory:
-        whole = 3 if self.config.tie_embeddings else 1  # the head's, the embedding's, their sum
-        alone = self.layout.n_processes == 1
+        """All later layers have their gradients."""
+        prelude = self.held.once * self.config.n_prelude_layers / max(1, self.n_once)
+        vocabulary = FLOAT * self.vocabulary * (1 - 1 / self.layout.shard)
         return self.resting(
-            gradients=FLOAT * (self.held.total + self.vocabulary * (whole - 1 / self.layout.shard)) + self.earlier(),
-            gathered=0 if alone else FLOAT * (self.whole.root + self.whole.once / max(1, self.n_once)),
+            gradients=FLOAT * (self.held.total - prelude) + vocabulary + self.earlier(),
+            gathered=self.rooted,
+            copies=self.keeps.low * self.keeps.lowered * prelude,
             activations=self.load.n_tokens * self.kept.prelude,
             working=self.load.n_tokens * self.kept.working,
         )
+
+    def at_embedding(self) -> Memory:
+        """All layers have; of a tied vocabulary there are the head's gradient, the embedding's and their sum."""
+        whole = 3 if self.config.tie_embeddings else 1
+        return self.resting(
+            gradients=FLOAT * (self.held.total + self.vocabulary * (whole - 1 / self.layout.shard)) + self.earlier(),
+            gathered=self.rooted,
+            activations=self.load.n_tokens * self.kept.prelude / max(1, self.config.n_prelude_layers),
+        )
+
+    @cached_property
+    def rooted(self) -> float:
+        """What is put together while the first layers have their turn."""
+        alone = self.layout.n_processes == 1
+        return 0 if alone else FLOAT * (self.whole.root + self.whole.once / max(1, self.n_once))
 
     def at_optimizer(self) -> Memory:
         return self.resting(gradients=FLOAT * self.held.total)

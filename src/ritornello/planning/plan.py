@@ -83,7 +83,7 @@ class Plan:
 
 def plan(asked: Asked) -> Plan:
     """Of all layouts that fit into the devices' memory the one with the shortest step; of those that take up to ALIKE
-    times as long the simplest: with the fewest axes, then without recomputation, then with the least memory.
+    times as long the simplest: with the fewest axes, without recomputation, the fewest micro-batches, the least memory.
 
     Raises:
         ValueError: none fits; it says how much memory the most frugal one needs, and how many devices would do.
@@ -101,7 +101,7 @@ def plan(asked: Asked) -> Plan:
 
 def simplest_first(x: Candidate) -> tuple[float, ...]:
     checkpoint, gather = x.recipe.train.checkpoint_activations, x.layout.gather == "loop"
-    return x.layout.n_axes, checkpoint, gather, x.memory.total
+    return x.layout.n_axes, checkpoint, gather, x.recipe.train.accumulation, x.memory.total
 
 
 def candidates(asked: Asked) -> Iterator[Candidate]:
@@ -180,7 +180,7 @@ def missing(asked: Asked, found: Sequence[Candidate]) -> str:
 
 
 def _gb(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:,.0f}" if n_bytes >= 1e10 else f"{n_bytes / 1e9:.2g}"
+    return f"{n_bytes / 1e9:,.0f}" if n_bytes >= 1e12 else f"{n_bytes / 1e9:.4g}"
 
 
 def remedy(asked: Asked) -> str:
