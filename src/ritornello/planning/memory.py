@@ -1,4 +1,4 @@
-"""Memory of one process in a training step, by part, at the moment when it needs most; and of a cache.
+"""Memory of one process in a training step, by part, at the moment when it needs most.
 
 Weights are float32 masters, gradients float32. Autograd adds up the gradients of a weight that every loop uses before
 it hands them on, so those of all looped layers wait whole, in each process, until the first loop has been passed.
