@@ -145,6 +145,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate run --prompt x --json-schema a.json --regex a", "used without --json-schema"),
         ("generate run --prompt x --json-schema absent.json", "absent.json: no such file"),
         ("info 2t", "preset = '2t'"),
+        ("plan 2t", "recipe = '2t'"),
+        ("plan 1b --gpu h1000", "did you mean 'h100'?"),
+        ("plan 1b --gpus 0", "--gpus = 0"),
+        ("plan 1b --gpus 8.5", "not an integer"),
+        ("plan 1b --batch 100", "--batch = 100.0: must be >= 4096 tokens"),
+        ("plan 1b --loops 0.5", "--loops = 0.5"),
+        ("plan 1b --tokens 0", "--tokens = 0"),
+        ("plan 1b --context 0", "--context = 0"),
+        ("plan 1b --set train.backprop_loops=x", "train.backprop_loops"),
+        ("plan 1b --set model.carry_streams=2", "model.carry_streams = 2: must be 1 for a plan"),
+        ("plan 1b --lr 3", "--set train.lr=VALUE"),
+        ("plan 100b --gpus 1", "--gpus = 1: must be enough for"),
         ("info 1t --attention mha", "mla"),
         ("doctor --jsn", "did you mean --json?"),
     ],
@@ -269,6 +281,22 @@ def test_an_interrupted_file_goes_on(capsys: pytest.CaptureFixture[str], batch: 
     batch.fails = KeyboardInterrupt()
     said = "ritornello: interrupted; the same command goes on where b.jsonl ends\n"
     assert run(capsys, *FILES) == (130, "", said)
+
+
+def test_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(capsys, "plan", "1b", "--gpus", "2", "--context", "8192", "--batch", "1e6", "--json")
+    facts = json.loads(out)
+    assert code == 0 and "budget" not in facts
+    assert (facts["run"]["context"], facts["run"]["batch_sequences"]) == (8192, 122)
+    options = ["--loops", "3", "--backprop-loops", "0", "--optimizer", "muon", "--precision", "fp32", "--tokens", "2e9"]
+    code, out, _ = run(capsys, "plan", "1b", "--attention", "mla", *options)
+    assert code == 0 and "1b, mla, 8 × h100" in out and "muon" in out and "gpu hours" in out
+    (tmp_path / "r.toml").write_text('[model]\npreset = "tiny"\n[train]\nbatch_size = 6\nmicrobatch_size = 3\n')
+    code, out, _ = run(capsys, "plan", str(tmp_path / "r.toml"), "--gpus", "3", "--json")
+    facts = json.loads(out)
+    assert (facts["run"]["batch_sequences"], facts["layout"]["microbatch_size"]) == (6, 3)
+    assert facts["run"]["context"] == 256 and facts["run"]["precision"] == "fp32"
 
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +463,7 @@ def test_a_whole_run_never_speaks_to_the_network(tmp_path: Path) -> None:
         ["generate", out, "--prompt", "the", "--max-tokens", "3"],
         ["generate", out, *files, "--max-tokens", "3"],
         ["info", "1b", "--json"],
+        ["plan", "1b", "--gpus", "1", "--json"],
     )
     for args in commands:
         done = watched(IN_A_WATCHED_PROCESS, *args)

@@ -14,6 +14,9 @@ from ritornello.config import MAX_LOOPS, CachePolicy, ModelConfig, require, requ
 
 Convention = Literal["full", "causal", "decode"]
 POLICIES: tuple[CachePolicy, ...] = ("per_loop", "last", "first")
+CHUNK_NUMBERS = 2**25  # logits that a loss holds at once: 128 MiB in float32
+PROBE_STRIDE = 4  # of so many positions one is read by the loss of an exit probe, others in the next steps
+CACHED_NUMBERS = 2**19  # of them on a CPU, so many are turned into their gradient at once: 2 MiB
 
 
 @dataclass(frozen=True)

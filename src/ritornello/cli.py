@@ -32,6 +32,7 @@ VERBS = {
     "calibrate": ("Calibrate", "find an exit threshold that keeps a stated risk"),
     "runs": ("Runs", "list, compare, consolidate and remove runs"),
     "lab": ("Lab", "test the claims: loops, depth, stability, halting"),
+    "plan": ("Plan", "memory, layout and time of one training run"),
     "info": ("Info", "what a preset costs: parameters, FLOPs, cache"),
     "doctor": ("Doctor", "what this machine can run, for a bug report"),
 }

@@ -8,11 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ritornello.accounting import CACHED_NUMBERS, CHUNK_NUMBERS
 from ritornello.config import require_choice
 from ritornello.ops.linear import lowered
-
-CHUNK_NUMBERS = 2**25  # logits held at once: 128 MiB in float32
-CACHED_NUMBERS = 2**19  # of them on a CPU, so many are turned into their gradient at once: 2 MiB
 
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -64,6 +62,8 @@ class _Sum(torch.autograd.Function):
                 if ctx.needs_input_grad[1]:
                     part = scores.t() @ x[rows]
                     d_weight = part if d_weight is None else d_weight.to(precise).add_(part)
+                    del part
+                del scores  # or the next chunk's would be made beside them
         if d_weight is None and ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(w)  # of no tokens
         ctx.gradients = d_hidden.to(hidden.dtype), None if d_weight is None else d_weight.to(weight.dtype)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ritornello.accounting import PROBE_STRIDE
 from ritornello.config import ModelConfig, TrainConfig, require
 from ritornello.model.cache import Passing
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -18,8 +19,6 @@ from ritornello.model.state import LoopState, Output
 from ritornello.ops.loss import CHUNK_NUMBERS, linear_cross_entropy
 from ritornello.ops.noise import Key
 from ritornello.train.data import NO_LABEL
-
-PROBE_STRIDE = 4
 
 
 @dataclass(frozen=True, kw_only=True)

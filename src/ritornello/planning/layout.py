@@ -1,0 +1,82 @@
+"""How the processes of a run could be laid out: world size = replicate × shard × context × tensor."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ritornello.config import Gather, ModelConfig, require, require_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The axes have the names and meanings of `[parallel]` in a recipe; neighbours share `tensor` first.
+
+    replicate: groups with a whole model each. shard: processes over which weights, gradients and optimizer states are
+    spread (FSDP2). expert: of these, groups that share out the routed experts, tokens going to and fro. context:
+    processes that share a sequence. tensor: processes that share heads and feed-forward widths.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    gather: Gather = "step"
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "shard", "expert", "context", "tensor"):
+            require_int(f"layout.{name}", getattr(self, name), 1)
+        ok = self.shard % self.expert == 0
+        require(ok, "layout.expert", self.expert, f"a divisor of shard ({self.shard})")
+
+    @property
+    def n_processes(self) -> int:
+        return self.n_readers * self.context * self.tensor
+
+    @property
+    def n_readers(self) -> int:
+        """Groups of processes that read sequences of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def n_axes(self) -> int:
+        return sum(size > 1 for size in (self.replicate, self.shard, self.expert, self.context, self.tensor))
+
+    def __str__(self) -> str:
+        axes = {name: getattr(self, name) for name in ("replicate", "shard", "expert", "context", "tensor")}
+        said = ", ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one process"
+        return said + (", looped layers put together at every loop" if self.gather == "loop" else "")
+
+
+def refused(config: ModelConfig, layout: Layout, *, seq_len: int, per_node: int) -> str:
+    """Why a model cannot be laid out so; "" if it can."""
+    t, c = layout.tensor, config
+    if t > per_node:
+        return f"tensor {t}: a node has {per_node}"
+    widths = {"n_heads": c.n_heads, "ffn_dim": c.ffn_dim}
+    if c.attention == "gqa":
+        widths["n_kv_heads"] = c.n_kv_heads
+    if c.ffn == "moe":
+        widths["expert_dim"] = c.expert_dim
+    for name, width in widths.items():
+        if width % t:
+            return f"tensor {t}: does not divide {name} ({width})"
+    if layout.expert > 1 and (c.ffn != "moe" or c.is_plain or c.n_experts % layout.expert):
+        return f"expert {layout.expert}: does not divide the routed experts"
+    return f"context {layout.context}: does not divide {seq_len} tokens" if seq_len % layout.context else ""
+
+
+def layouts(config: ModelConfig, n_processes: int, *, seq_len: int, per_node: int) -> Iterator[Layout]:
+    """Every layout of so many processes that the model allows."""
+    for tensor in divisors(n_processes):
+        for context in divisors(n_processes // tensor):
+            for shard in divisors(n_processes // tensor // context):
+                for expert in divisors(shard):
+                    sizes = {"shard": shard, "expert": expert, "context": context, "tensor": tensor}
+                    layout = Layout(replicate=n_processes // tensor // context // shard, **sizes)
+                    if not refused(config, layout, seq_len=seq_len, per_node=per_node):
+                        yield layout
+
+
+def divisors(n: int) -> list[int]:
+    small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
