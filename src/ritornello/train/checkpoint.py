@@ -248,9 +248,9 @@ def load(run_or_checkpoint: str | Path) -> Checkpoint:
 
 
 def training_state(
-    checkpoint: Checkpoint, layout: Callable[[str], Tensor | None] = lambda _: None
+    checkpoint: Checkpoint, layout: Callable[[str], Tensor | None] = lambda _: None, *, rest: bool = True
 ) -> tuple[dict[str, Tensor | Scalar], dict[str, Any]]:
-    """The `optimizer_state` and `trainer_state` that `save` was given; of the former, what `layout` says, as
+    """The `optimizer_state` and `trainer_state` that `save` was given; of the former, what `layout` and `rest` say, as
     `Stored.read` does: see `optimizer_layout`."""
     source = checkpoint.directory / STATE
     state = recipes.parse_json(recipes.read_text(source), source)
@@ -258,7 +258,8 @@ def training_state(
         case {"optimizer": dict(scalars), "trainer": dict(trainer)}:
             for older in range(checkpoint.manifest.format, FORMAT):
                 trainer = MIGRATIONS[older](trainer)
-            return {**checkpoint.stored("optimizer").read(layout), **scalars}, trainer
+            scalars = {name: x for name, x in scalars.items() if rest or layout(name) is not None}
+            return {**checkpoint.stored("optimizer").read(layout, rest=rest), **scalars}, trainer
     raise ValueError(f"{source}: must hold an optimizer's and a trainer's state")
 
 

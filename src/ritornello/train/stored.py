@@ -67,14 +67,18 @@ class Stored:
         found = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in self._entries.items()}
         return found | {name: found[owner] for name, owner in self._owners.items()}
 
-    def read(self, layout: Callable[[str], Tensor | None] = lambda _: None) -> dict[str, Tensor]:
+    def read(
+        self, layout: Callable[[str], Tensor | None] = lambda _: None, *, rest: bool = True
+    ) -> dict[str, Tensor]:
         """Every tensor, on the CPU and whole; or, where `layout` has a DTensor of its shape, spread and placed alike.
+        rest: also those that `layout` knows nothing of.
 
         Raises:
             ValueError: a NaN or an infinity, or a damaged file, which is named.
         """
-        found = {name: self.tensor(name, layout(name)) for name in self._entries}
-        return found | {name: found[owner] for name, owner in self._owners.items()}
+        wanted = [name for name in self._entries if rest or layout(name) is not None]
+        found = {name: self.tensor(name, layout(name)) for name in wanted}
+        return found | {name: found[owner] for name, owner in self._owners.items() if owner in found}
 
     def tensor(self, name: str, like: Tensor | None = None) -> Tensor:
         """One of them; see `read`."""

@@ -122,6 +122,8 @@ def _claimed(out: Path, world: parallel.World) -> Iterator[None]:
 def _saver(out: Path, config: TrainConfig, world: parallel.World) -> Iterator[Saver]:
     """Of the form of checkpoints that the run writes."""
     form = config.checkpoint_form
+    ok, remedy = form != "plain" or world.ring is None, "`ritornello runs consolidate` makes it plain"
+    require(ok, "train.checkpoint_form", form, "'auto' or 'sharded' with a pipeline, no process of which has all", remedy)
     with ExitStack() as stack:
         sharded = form == "sharded" or (form == "auto" and world.size > 1)
         writers = stack.enter_context(world.apart()) if sharded else None
@@ -240,15 +242,16 @@ class Trainer:
             _require_same("data", found.recipe.data, self.recipe.data, remedy)
             ok = found.manifest.fingerprint == self.dataset.fingerprint
             require(ok, "data fingerprint", self.dataset.fingerprint, f"{found.manifest.fingerprint}", remedy)
-        own = self.model.state_dict()
-        tensors.check(found.model.described, own, found.model.source)
+        own, whole = self.model.state_dict(), self.world.ring is None  # or what one stage has
+        described = {name: x for name, x in found.model.described.items() if whole or name in own}
+        tensors.check(described, own, found.model.source)
         layout = checkpoint.optimizer_layout(self.optimizers, self.model)
-        optimizer_state, saved = checkpoint.training_state(found, layout)
+        optimizer_state, saved = checkpoint.training_state(found, layout, rest=whole)
         try:
             state = recipes.validated(State, saved)
         except ValueError as error:
             raise ValueError(f"{found.directory / checkpoint.STATE}: trainer: {error}") from None
-        self.model.load_state_dict(found.model.read(own.get))
+        self.model.load_state_dict(found.model.read(own.get, rest=whole))
         checkpoint.restore_optimizers(self.optimizers, self.model, optimizer_state)
         self.guard.restore(state.guard)
         self.step, self.saver.newest = state.step, found.directory
