@@ -14,7 +14,7 @@ from ritornello.planning.report import facts
 PAGE = Path(__file__).parent.parent / "docs/plan.md"
 START, END = "<!-- scripts/plan_table.py -->\n", "<!-- end -->\n"
 GPU, TOKENS = "h100", 1e12
-COUNTS = {"1b": 8, "3b": 16, "10b": 64, "50b": 256, "100b": 512, "500b": 2048, "1t": 4096}
+COUNTS = {"1b": 8, "3b": 16, "10b": 64, "50b": 256, "100b": 512, "500b": 2048, "1t": 6144}
 COLUMNS = (
     "preset",
     "GPUs",

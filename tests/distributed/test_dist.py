@@ -31,7 +31,8 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """One launch for all cases: what its processes found, and the folder with their runs."""
     folder = tmp_path_factory.mktemp(f"of-{request.param}")
     rates: Any = {"schedule": "constant", "router_bias_cooldown": 0.0}  # that do not hang on how many steps are to come
-    given = recipe(folder, model={"halting": "gate"}, steps=8, save_every=4, eval_every=4, batch_size=8, **rates)
+    rates |= {"steps": 8, "save_every": 4, "eval_every": 4, "batch_size": 8, "microbatch_size": 4}
+    given = recipe(folder, model={"halting": "gate", "n_recurrent_layers": 2}, **rates)
     (folder / "recipe.json").write_text(recipes.to_json(given))
     train(given, out=folder / "alone", cache_dir=folder)
     train(replace(given, train=replace(given.train, steps=4)), out=folder / "alone first", cache_dir=folder)
@@ -45,7 +46,8 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         run.terminate()  # and it, those that it started
         run.wait()
     assert run.returncode == 0, said[-8000:]
-    train(given, out=folder / "together first", cache_dir=folder, resume=True)
+    for name in ("together first", "pipeline first"):
+        train(given, out=folder / name, cache_dir=folder, resume=True)
     yield json.loads((folder / "results.json").read_text()), folder
 
 
@@ -88,7 +90,7 @@ def test_a_run_is_that_of_one_process(launched: tuple[Any, Path]) -> None:
     """In float32: equal up to rounding, whoever began it and whoever went on."""
     _, folder = launched
     alone = checkpoint.load(folder / "alone")
-    for name in ("together", "alone first", "together first"):
+    for name in ("together", "alone first", "together first", "pipeline", "pipeline first"):
         found = checkpoint.load(folder / name)
         assert found.manifest.step == 8
         assert far(found.model_state, alone.model_state) < 5e-3  # Adam divides rounding by what is hardly more

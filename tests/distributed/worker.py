@@ -140,6 +140,9 @@ def whole_run(folder: Path) -> None:
     train(given, out=folder / "together", cache_dir=folder)
     train(given, out=folder / "alone first", cache_dir=folder, resume=True)
     train(short, out=folder / "together first", cache_dir=folder)
+    around = replace(given, parallel=ParallelConfig(pipeline=2))
+    train(around, out=folder / "pipeline", cache_dir=folder)
+    train(replace(around, train=short.train), out=folder / "pipeline first", cache_dir=folder)
 
 
 def _kept(ctx: Any, *grads: Any) -> tuple[Tensor, None]:

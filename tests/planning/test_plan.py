@@ -35,9 +35,9 @@ def asked(name: str, n_gpus: int, gpu: str = "h100", **train: Any) -> Asked:
 
 def test_every_layout_has_all_processes_and_is_allowed() -> None:
     config, seen = preset("1b"), set()
-    for layout in layouts(config, 16, seq_len=64, per_node=8):
+    for layout in layouts(config, 16, seq_len=4096, per_node=8):
         assert layout.n_processes == layout.replicate * layout.shard * layout.context * layout.tensor == 16
-        assert layout.shard % layout.expert == 0 and config.n_kv_heads % layout.tensor == 0 and layout.tensor <= 8
+        assert layout.n_shards % layout.expert == 0 and config.n_kv_heads % layout.tensor == 0 and layout.tensor <= 8
         assert layout not in seen
         seen.add(layout)
     assert Layout(shard=16) in seen and Layout(shard=4, expert=2, context=2, tensor=2) in seen
@@ -50,7 +50,7 @@ def test_every_layout_has_all_processes_and_is_allowed() -> None:
         (Layout(tensor=16), "tensor 16: a node has 8"),
         (Layout(tensor=8), r"does not divide n_kv_heads \(4\)"),
         (Layout(shard=5, expert=5), "expert 5: does not divide the routed experts"),
-        (Layout(context=3), "context 3: does not divide 64 tokens"),
+        (Layout(context=3), "context 3: 8 x it does not divide 64 tokens"),
     ],
 )
 def test_a_layout_that_the_model_does_not_allow(layout: Layout, said: str) -> None:
@@ -59,7 +59,7 @@ def test_a_layout_that_the_model_does_not_allow(layout: Layout, said: str) -> No
 
 
 def test_experts_divide_shard() -> None:
-    with pytest.raises(ValueError, match=r"layout.expert = 4: must be a divisor of shard \(6\)"):
+    with pytest.raises(ValueError, match=r"layout.expert = 4: must be a divisor of shard x context \(6\)"):
         Layout(shard=6, expert=4)
 
 

@@ -5,14 +5,18 @@ from dataclasses import dataclass
 
 from ritornello.config import Gather, ModelConfig, require, require_int
 
+LEAST = 1024  # tokens of a shared sequence that a process has, in layouts that are tried
+PIECES = 8  # of whose multiples each process' tokens of a shared sequence are
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The axes have the names and meanings of `[parallel]` in a recipe; neighbours share `tensor` first.
 
     replicate: groups with a whole model each. shard: processes over which weights, gradients and optimizer states are
-    spread (FSDP2). expert: of these, groups that share out the routed experts, tokens going to and fro. context:
-    processes that share a sequence. tensor: processes that share heads and feed-forward widths.
+    spread (FSDP2), over those that share a sequence too. expert: of these, groups that share out the routed experts,
+    tokens going to and fro. context: processes that share a sequence. tensor: processes that share heads, feed-forward
+    widths and experts.
     """
 
     replicate: int = 1
@@ -25,8 +29,13 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("replicate", "shard", "expert", "context", "tensor"):
             require_int(f"layout.{name}", getattr(self, name), 1)
-        ok = self.shard % self.expert == 0
-        require(ok, "layout.expert", self.expert, f"a divisor of shard ({self.shard})")
+        ok = self.n_shards % self.expert == 0
+        require(ok, "layout.expert", self.expert, f"a divisor of shard x context ({self.n_shards})")
+
+    @property
+    def n_shards(self) -> int:
+        """Processes over which a weight is spread, that `tensor` has divided before."""
+        return self.shard * self.context
 
     @property
     def n_processes(self) -> int:
@@ -56,21 +65,22 @@ def refused(config: ModelConfig, layout: Layout, *, seq_len: int, per_node: int)
     if c.attention == "gqa":
         widths["n_kv_heads"] = c.n_kv_heads
     if c.ffn == "moe":
-        widths["expert_dim"] = c.expert_dim
+        widths |= {"the shared experts' width": c.n_shared_experts * c.expert_dim, "n_experts": c.n_experts}
     for name, width in widths.items():
         if width % t:
             return f"tensor {t}: does not divide {name} ({width})"
-    if layout.expert > 1 and (c.ffn != "moe" or c.is_plain or c.n_experts % layout.expert):
+    if layout.expert > 1 and (c.ffn != "moe" or c.is_plain or c.n_experts % (layout.expert * t)):
         return f"expert {layout.expert}: does not divide the routed experts"
-    return f"context {layout.context}: does not divide {seq_len} tokens" if seq_len % layout.context else ""
+    uneven = layout.context > 1 and seq_len % (PIECES * layout.context)
+    return f"context {layout.context}: {PIECES} x it does not divide {seq_len} tokens" if uneven else ""
 
 
 def layouts(config: ModelConfig, n_processes: int, *, seq_len: int, per_node: int) -> Iterator[Layout]:
     """Every layout of so many processes that the model allows."""
     for tensor in divisors(n_processes):
-        for context in divisors(n_processes // tensor):
+        for context in (n for n in divisors(n_processes // tensor) if n == 1 or seq_len >= LEAST * n):
             for shard in divisors(n_processes // tensor // context):
-                for expert in divisors(shard):
+                for expert in divisors(shard * context):
                     sizes = {"shard": shard, "expert": expert, "context": context, "tensor": tensor}
                     layout = Layout(replicate=n_processes // tensor // context // shard, **sizes)
                     if not refused(config, layout, seq_len=seq_len, per_node=per_node):

@@ -62,7 +62,7 @@ class Sizes:
 
     def held(self, layout: Layout) -> "Sizes":
         """What one process keeps. Norms and MLA's latents, a few percent of a layer, count as divided by `tensor`."""
-        n, t = layout.shard, layout.tensor
+        n, t = layout.n_shards, layout.tensor
         return Sizes(self.experts / n / t, self.block / n / t, self.once / n / t, self.root / n)
 
     def whole(self, layout: Layout) -> "Sizes":
@@ -262,7 +262,7 @@ class Moments:
     def at_prelude(self) -> Memory:
         """All later layers have their gradients."""
         prelude = self.held.once * self.config.n_prelude_layers / max(1, self.n_once)
-        vocabulary = FLOAT * self.vocabulary * (1 - 1 / self.layout.shard)
+        vocabulary = FLOAT * self.vocabulary * (1 - 1 / self.layout.n_shards)
         return self.resting(
             gradients=FLOAT * (self.held.total - prelude) + vocabulary + self.earlier(),
             gathered=self.rooted,
@@ -275,7 +275,7 @@ class Moments:
         """All layers have; of a tied vocabulary there are the head's gradient, the embedding's and their sum."""
         whole = 3 if self.config.tie_embeddings else 1
         return self.resting(
-            gradients=FLOAT * (self.held.total + self.vocabulary * (whole - 1 / self.layout.shard)) + self.earlier(),
+            gradients=FLOAT * (self.held.total + self.vocabulary * (whole - 1 / self.layout.n_shards)) + self.earlier(),
             gathered=self.rooted,
             activations=self.load.n_tokens * self.kept.prelude / max(1, self.config.n_prelude_layers),
         )

@@ -22,7 +22,7 @@ AXES = {
     "replicate": "groups with a whole model each send nothing but sums of gradients",
     "context": "a sequence is shared",
 }
-NO_PIPELINE = "no pipeline: a cut between prelude, loop and coda leaves most of the work in one stage"
+NO_PIPELINE = "no pipeline is planned: it would divide gathered weights, for the activations of as many micro-batches"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def candidates(asked: Asked) -> Iterator[Candidate]:
 
 def _gathers(recipe: Recipe, layout: Layout) -> Iterator[Layout]:
     yield layout
-    if layout.shard > 1 and not recipe.model.is_plain:
+    if layout.n_shards > 1 and not recipe.model.is_plain:
         yield replace(layout, gather="loop")
 
 

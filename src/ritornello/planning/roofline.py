@@ -102,7 +102,7 @@ def _others(n: int) -> float:
 
 def _spread(layout: Layout, sizes: Sizes) -> Sizes:
     """Of what a process computes with, the part that comes from others."""
-    n, among = _others(layout.shard), _others(layout.shard // layout.expert)
+    n, among = _others(layout.n_shards), _others(layout.n_shards // layout.expert)
     return Sizes(sizes.experts * among, sizes.block * n, sizes.once * n, sizes.root * n)
 
 
@@ -113,7 +113,7 @@ def weights_sent(recipe: Recipe, layout: Layout) -> Sent:
     most = 0 if recipe.model.is_plain else _deepest(recipe)
     times = 1 if layout.gather == "step" else most + load.deepest
     numbers = (whole.experts + whole.block) * times + 2 * whole.once + whole.root
-    return Sent(FLOAT * numbers * recipe.train.accumulation, layout.tensor * layout.context * layout.shard)
+    return Sent(FLOAT * numbers * recipe.train.accumulation, layout.tensor * layout.n_shards)
 
 
 def _deepest(recipe: Recipe) -> int:
@@ -123,15 +123,13 @@ def _deepest(recipe: Recipe) -> int:
 def gradients_sent(recipe: Recipe, layout: Layout) -> Sent:
     """Summed over those that spread them, each getting its part."""
     numbers = _spread(layout, Sizes.of(recipe.model).whole(layout)).total
-    return Sent(FLOAT * numbers * recipe.train.accumulation, layout.tensor * layout.context * layout.shard)
+    return Sent(FLOAT * numbers * recipe.train.accumulation, layout.tensor * layout.n_shards)
 
 
 def replicas_sent(recipe: Recipe, layout: Layout) -> Sent:
     """Gradients summed over those that hold the same part."""
-    n = layout.replicate * layout.context
     held = Sizes.of(recipe.model).held(layout).total
-    span = layout.n_processes if layout.replicate > 1 else layout.tensor * layout.context
-    return Sent(2 * _others(n) * FLOAT * held * recipe.train.accumulation, span)
+    return Sent(2 * _others(layout.replicate) * FLOAT * held * recipe.train.accumulation, layout.n_processes)
 
 
 def _passes(recipe: Recipe) -> tuple[float, float]:
@@ -155,11 +153,11 @@ def tensor_sent(recipe: Recipe, layout: Layout) -> Sent:
 
 
 def experts_sent(recipe: Recipe, layout: Layout) -> Sent:
-    """Each token to its experts and back, in each direction."""
+    """Each token to its experts and back, in each direction; of those that read the same, each sends for its own."""
     c = recipe.model
     n = 2 * _passes(recipe)[1] * _others(layout.expert) if c.ffn == "moe" else 0
-    width = c.n_active_experts * c.dim
-    return Sent(n * _step_bytes(recipe, layout, width), layout.tensor * layout.context * layout.expert)
+    width = c.n_active_experts * c.dim / layout.tensor
+    return Sent(n * _step_bytes(recipe, layout, width), layout.tensor * layout.expert)
 
 
 def context_sent(recipe: Recipe, layout: Layout) -> Sent:

@@ -67,9 +67,7 @@ class Stored:
         found = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in self._entries.items()}
         return found | {name: found[owner] for name, owner in self._owners.items()}
 
-    def read(
-        self, layout: Callable[[str], Tensor | None] = lambda _: None, *, rest: bool = True
-    ) -> dict[str, Tensor]:
+    def read(self, layout: Callable[[str], Tensor | None] = lambda _: None, *, rest: bool = True) -> dict[str, Tensor]:
         """Every tensor, on the CPU and whole; or, where `layout` has a DTensor of its shape, spread and placed alike.
         rest: also those that `layout` knows nothing of.
 

@@ -123,7 +123,9 @@ def _saver(out: Path, config: TrainConfig, world: parallel.World) -> Iterator[Sa
     """Of the form of checkpoints that the run writes."""
     form = config.checkpoint_form
     ok, remedy = form != "plain" or world.ring is None, "`ritornello runs consolidate` makes it plain"
-    require(ok, "train.checkpoint_form", form, "'auto' or 'sharded' with a pipeline, no process of which has all", remedy)
+    require(
+        ok, "train.checkpoint_form", form, "'auto' or 'sharded' with a pipeline, no process of which has all", remedy
+    )
     with ExitStack() as stack:
         sharded = form == "sharded" or (form == "auto" and world.size > 1)
         writers = stack.enter_context(world.apart()) if sharded else None
