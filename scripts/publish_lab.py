@@ -23,6 +23,7 @@ PUBLISHED = ("results.jsonl", "config.json", "verdicts.json", "report.html", "RE
 PICTURES = {  # that the README shows
     "hops-by-loops.png": "*-depth-extrapolation/chains-hops-by-loops.png",
     "loops-by-hops.png": "*-adaptive-depth/loops-by-hops.png",
+    "nodes-by-loops.png": "*-superposition/reachability-nodes-by-loops.png",
     "walks-of-new-facts.png": "*-systematic-generalisation/walks-out-by-hops.png",
 }
 # What the article says, and which verdicts of which experiment answer it: those whose claims begin so. AGAINST: one

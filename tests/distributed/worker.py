@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
@@ -45,9 +46,22 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # of training, and the kind
 }
 
 
+Trained = tuple[list[dict[str, float]], dict[str, Tensor]]
+
+
+def both(world: parallel.World, config: ParallelConfig, kind: str, **how: Any) -> tuple[Trained, Trained]:
+    """What all processes together make of some steps, and what one makes of them."""
+    return trained(world, config, kind, **how), alone(kind, config.pipeline, **how)
+
+
+@cache
+def alone(kind: str, n_stages: int, **how: Any) -> Trained:
+    return trained(parallel.ALONE, ParallelConfig(pipeline=n_stages), kind, **how)
+
+
 def trained(
     world: parallel.World, config: ParallelConfig, kind: str, *, steps: int, packed: bool, **settings: Any
-) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+) -> Trained:
     """Metrics by step, and the whole state after the last."""
     more = {"n_recurrent_layers": config.pipeline} if config.pipeline > 1 else {}
     model = RecurrentDepthTransformer(model_config(**HEADS | KINDS[kind] | more)).double().train()
@@ -92,7 +106,7 @@ def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
     found = {}
     for name, kind, steps, settings in cases:
         how: Any = {"steps": steps, "packed": kind != "plain"}  # packed: some rows have fewer tokens than others
-        ours, alone = (trained(w, config, kind, **how, **settings) for w in (world, parallel.ALONE))
+        ours, alone = both(world, config, kind, **how, **settings)
         assert ours[0][0].keys() == alone[0][0].keys()
         metrics = max(
             abs(a[each] - b[each]) / max(abs(b[each]), 1e-3)
@@ -110,7 +124,7 @@ def muon(world: parallel.World, config: ParallelConfig) -> dict[str, float]:
         "experts, tied",
         RecurrentDepthTransformer(model_config(**HEADS | KINDS["experts, tied"])).double().state_dict(),
     )
-    ours, alone = (trained(w, config, kind, steps=1, **how)[1] for w in (world, parallel.ALONE))
+    (_, ours), (_, alone) = both(world, config, kind, steps=1, **how)
     names = [name for name, x in alone.items() if name.endswith("proj.weight")]
     return {name: float((ours[name] - alone[name]).norm() / (alone[name] - before[name]).norm()) for name in names}
 
@@ -175,7 +189,7 @@ def sabotaged(config: ParallelConfig, what: str, instead: Any) -> float:
     """How far parameters are from one process' own."""
     with parallel.world(config, torch.device("cpu")) as world, mock.patch(f"ritornello.train.{what}", instead):
         how: Any = {"steps": 1, "packed": True}
-        ours, alone = (trained(w, config, "experts, tied", **how)[1] for w in (world, parallel.ALONE))
+        (_, ours), (_, alone) = both(world, config, "experts, tied", **how)
         return difference(ours, alone)
 
 
