@@ -133,7 +133,9 @@ def measured(out: Path) -> dict[int, tuple[float, float]]:
 
 
 def digest(directory: Path) -> Digest:
-    return _digest(*((directory / name).read_bytes() for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)))
+    manifest = checkpoint.verify(directory)
+    kinds = ([(directory / name).read_bytes() for name in manifest.of(kind)] for kind in checkpoint.KINDS)
+    return _digest(*map(b"".join, kinds))
 
 
 def _digest(weights: bytes, states: bytes) -> Digest:

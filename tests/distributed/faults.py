@@ -41,7 +41,7 @@ def at(first: int, rank: int, work: Callable[[], object], *, n: int = 1) -> Spoi
 
 def poisoned(first: int, n: int) -> Spoil:
     """One micro-batch of one process gets a loss that is no number."""
-    real = step._micro_step
+    real = step._forward
 
     def prepare(own: int, pids: list[int]) -> None:
         seen: list[int] = []
@@ -58,7 +58,7 @@ def poisoned(first: int, n: int) -> Spoil:
             finally:
                 handle.remove()
 
-        step._micro_step = micro_step
+        step._forward = micro_step
 
     return prepare
 

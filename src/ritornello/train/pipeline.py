@@ -109,8 +109,12 @@ class Conductor(Stage):
         model.forward = lambda *args, **how: args[0]() if args and callable(args[0]) else forward(*args, **how)
         self._chains: dict[int, Chain] = {}  # by thread
         model.iterate = self._iterate  # pyrefly: ignore
+        model.prelude = self._prelude  # pyrefly: ignore
         last = list(model.recurrent)[-1]
         last.register_forward_hook(lambda _, inputs, found: (self._around(found[0], inputs[1]), found[1]))
+
+    def _prelude(self, x: Tensor, *rest: Any) -> Tensor:
+        return type(self.model).prelude(self.model, self.passed(x), *rest)
 
     def _iterate(self, e: Tensor, context: Context, run: Any) -> Iterator[Any]:
         self._chain.known = 0
@@ -134,21 +138,24 @@ class Conductor(Stage):
             chain.turns.wait(chain.index)
         return self.take(x)
 
-    def together(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What each of some calls of `model.forward` returns, which take turns while their states are on their way.
+    def together(self, works: Sequence[Callable[[], tuple[Tensor, Any, Any]]]) -> list[Any]:
+        """What each of some calls of `model.forward` returns, which take turns while their states are on their way:
+        first what is to be differentiated.
 
         FSDP2's hooks surround all of them together: it does not know of passes that overlap.
         """
         return self.model(partial(self._threads, works))
 
-    def _threads(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+    def _threads(self, works: Sequence[Callable[[], tuple[Tensor, Any, Any]]]) -> list[Any]:
         turns, found, errors = Turns(len(works)), [None] * len(works), []
 
         def run(i: int) -> None:
             self._chains[get_ident()] = Chain(i, turns)
             turns.wait(i)
             try:
-                found[i] = works[i]()
+                total, *others = works[i]()
+                # FSDP2 lets go of a layer's weights behind its backward pass: no other one's may have begun
+                found[i] = self.passed(total), *others
             except BaseException as error:  # noqa: BLE001 - raised again by who waits for this thread
                 errors.append(error)
             finally:
@@ -178,7 +185,7 @@ class Conductor(Stage):
 
 
 def _described(x: Tensor, now: Pass, chain: Chain, training: bool, recomputes: bool) -> tuple[Call, Tensor]:
-    c, new = now.context, slice(chain.known, None)
+    c, new = now.context, slice(chain.known, len(x))
     assert c.some is None and not c.exact
     sequences = None if c.key is None else c.key.sequences
     rows = [None if t is None else t[new] for t in (c.documents, sequences)]
@@ -252,8 +259,8 @@ def receive(model: RecurrentDepthTransformer, ring: Stage, call: Call, numbers: 
     x = ring.take(torch.empty(call.rows, call.tokens, call.width, dtype=TYPES[call.dtype], device=ring.device))
     if visitor.context is None:
         visitor.context = model.context(x, documents=visitor.documents, key=visitor.key)
-    loop = call.loop if call.loop >= 0 else loops.view(call.rows, -1)
-    some = running.view(call.rows, -1).bool() if call.running else None
+    loop = call.loop if call.loop >= 0 else loops.view(call.rows, call.width_of(-call.loop))
+    some = running.view(call.rows, call.width_of(call.running)).bool() if call.running else None
     last = model.config.n_loops - 1
     table = min(loop, last) if isinstance(loop, int) else loop.clamp(max=last)
     kv = Passing(visitor.entries, share_first=model.config.kv_sharing == "first")

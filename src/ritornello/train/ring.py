@@ -37,14 +37,17 @@ class Call:
     seed: int = 0
     step: int = 0
 
+    def width_of(self, kind: int) -> int:
+        """Of a table of rows: nothing, a number for each row, or one for each token."""
+        return {1: 1, 2: self.tokens}.get(kind, 0)
+
     @property
     def lengths(self) -> list[int]:
         """Of loop, running, documents and sequences, as they follow one another."""
         n_new = self.rows - self.known
-        widths = {0: 0, 1: 1, 2: self.tokens}
         return [
-            self.rows * widths[max(0, -self.loop)],
-            self.rows * widths[self.running],
+            self.rows * self.width_of(-self.loop),
+            self.rows * self.width_of(self.running),
             n_new * self.tokens * self.documents,
             n_new * self.key,
         ]
@@ -100,6 +103,13 @@ class Ring:
         self.token, x = _Take.apply(self._token, like, self)
         return x
 
+    def passed(self, x: Tensor) -> Tensor:
+        """x as it is; on the way back it waits until all that was sent later has been undone, as that waits for it."""
+        if not torch.is_grad_enabled():
+            return x
+        self.token, x = _Pass.apply(self._token, x)
+        return x
+
     @property
     def _token(self) -> Tensor:
         return torch.zeros((), requires_grad=True) if self.token is None else self.token
@@ -132,6 +142,16 @@ class _Give(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore
         return grads[0], ctx.ring.fetch(torch.empty_like(ctx.like, device=ctx.ring.device), 1), None
+
+
+class _Pass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return token.clone(), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:  # pyrefly: ignore
+        return grads[0], grads[1]
 
 
 class _Take(torch.autograd.Function):
