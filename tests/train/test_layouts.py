@@ -21,7 +21,7 @@ def test_shard_takes_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("given", "size", "message"),
     [
-        ({"tensor": 2}, 3, "replicate x shard x context x tensor = '1 x 1 x 1 x 2': must be as many processes"),
+        ({"tensor": 2}, 3, "tensor = '1 x 1 x 1 x 1 x 2': must be as many processes"),
         ({"expert": 3}, 4, "parallel.expert = 3: must be a divisor of shard x context (4)"),
     ],
 )

@@ -46,7 +46,7 @@ def test_a_layout_of_another_size_is_refused(
     with (
         pytest.raises(
             ValueError,
-            match=rf"parallel\.replicate x shard x context x tensor = .*as many processes as there are \({there}\)",
+            match=rf"parallel\.pipeline x replicate x shard x context x tensor = .*as many processes as there are \({there}\)",
         ),
         world(ParallelConfig(replicate=replicate, shard=shard), CPU),
     ):
@@ -60,7 +60,7 @@ def test_clipping_is_torchs() -> None:
     other = copy.deepcopy(model)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         theirs.grad = ours.grad.clone()
-    norms = clip_gradients(model.parameters(), 0.5), torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+    norms = clip_gradients(model, 0.5), torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
     assert norms[0] == norms[1] and norms[0] > 1
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 

@@ -46,7 +46,7 @@ class Own:
 def own(state: Mapping[str, Any], world: World) -> Own:
     """What this process writes of `state`: each part is written by one of those that hold it, chosen by its key so that
     all have something to do. All processes ask together."""
-    spread = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    spread = {name: state[name] for name in sorted(state) if isinstance(state[name], Tensor)}  # whatever was read first
     held = {key: (name, part) for name, x in spread.items() for key, part in keyed(name, x)}
     numbers = {key: _number(key, part) for key, (_, part) in held.items()}
     holders: dict[int, list[int]] = {}
