@@ -18,7 +18,7 @@ from ritornello.engine.generate import load
 from ritornello.train import checkpoint
 from ritornello.train.consolidate import consolidate
 from ritornello.train.trainer import train
-from tests.distributed.worker import KINDS, LONG, SABOTAGE, SETTINGS, STEPS, layouts
+from tests.distributed.worker import FEW, KINDS, SABOTAGE, SETTINGS, STEPS, layouts
 from tests.train.small import recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]  # one launch for each number of processes
@@ -51,14 +51,13 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     yield json.loads((folder / "results.json").read_text()), folder
 
 
-@pytest.mark.parametrize("layout", layouts(4))
+@pytest.mark.parametrize("layout", [*layouts(2), *layouts(4)])
 def test_a_step_is_that_of_one_process(launched: tuple[Any, Path], layout: str) -> None:
     if layout not in launched[0]["steps"]:
-        pytest.skip("takes four processes")
+        pytest.skip("of another number of processes")
     found = launched[0]["steps"][layout]
-    long = len(LONG) if f"{LONG[0]}, {STEPS}" in found else 0  # of two processes, in some layouts
-    pipeline = "many micro-batches" in found
-    assert len(found) == len(KINDS) - ("plain" not in found) + len(SETTINGS) + long + pipeline
+    least = len(KINDS) - 1 + len(SETTINGS) if layout in layouts(2) else len(FEW)
+    assert len(found) >= least
     for name, (metrics, parameters) in found.items():
         # the gate's feature log KL makes of 1e-16 in a probability a relative 1e-11 where two loops hardly differ
         most = 1e-9 if name.endswith(f", {STEPS}") else 1e-11 if name == "expected" else 1e-12
@@ -68,6 +67,8 @@ def test_a_step_is_that_of_one_process(launched: tuple[Any, Path], layout: str) 
 @pytest.mark.parametrize("sabotage", SABOTAGE)
 def test_without_its_sum_a_step_is_another(launched: tuple[Any, Path], sabotage: str) -> None:
     """A part of a gradient that is not added up shows."""
+    if "sabotage" not in launched[0]:
+        pytest.skip("of two processes")
     assert launched[0]["sabotage"][sabotage] > 1e-3
 
 
@@ -90,7 +91,7 @@ def test_a_run_is_that_of_one_process(launched: tuple[Any, Path]) -> None:
     """In float32: equal up to rounding, whoever began it and whoever went on."""
     _, folder = launched
     alone = checkpoint.load(folder / "alone")
-    for name in ("together", "alone first", "together first", "pipeline", "pipeline first"):
+    for name in ("together", "alone first", "together first", "pipeline first"):
         found = checkpoint.load(folder / name)
         assert found.manifest.step == 8
         assert far(found.model_state, alone.model_state) < 5e-3  # Adam divides rounding by what is hardly more

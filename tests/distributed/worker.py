@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "idle experts": {"halting": "none", "n_experts": 64},
 }
 LONG = ("experts, tied", "act")
+FEW = ("experts, tied", "streams, mla")  # of those that several ways together try
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # of training, and the kind of model
     "micro-batches, cut off": ("experts, tied", {"microbatch_size": 4, "backprop_loops": 2}),
     "recomputed": ("experts, tied", {"checkpoint_activations": True}),
@@ -97,23 +98,27 @@ def difference(ours: dict[str, Tensor], alone: dict[str, Tensor]) -> float:
 
 def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
     """By kind and number of steps: how far metrics and parameters are from one process' own."""
-    long = LONG if world.size == 2 and config.gather == "step" and config.replicate == 1 else ()
+    single, cases = world.size == 2, []  # one way of sharing the work
+    if single and config.gather == "step" and config.replicate == 1:
+        cases = [
+            (f"{kind}, {STEPS}", kind, STEPS, {}) for kind in (LONG if config == ParallelConfig(shard=2) else LONG[:1])
+        ]
     kinds = [kind for kind in KINDS if kind != "plain" or config.expert == config.pipeline == 1]
-    cases = [(kind, kind, 1, {}) for kind in kinds] + [(f"{kind}, {STEPS}", kind, STEPS, {}) for kind in long]
-    cases += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items()]
+    cases += [(kind, kind, 1, {}) for kind in (kinds if single else FEW)]
+    cases += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items() if single]
     if config.pipeline > 1:  # more than are on their way together
         cases.append(("many micro-batches", "experts, tied", 1, {"microbatch_size": 2}))
     found = {}
     for name, kind, steps, settings in cases:
         how: Any = {"steps": steps, "packed": kind != "plain"}  # packed: some rows have fewer tokens than others
-        ours, alone = both(world, config, kind, **how, **settings)
-        assert ours[0][0].keys() == alone[0][0].keys()
+        ours, theirs = both(world, config, kind, **how, **settings)
+        assert ours[0][0].keys() == theirs[0][0].keys()
         metrics = max(
             abs(a[each] - b[each]) / max(abs(b[each]), 1e-3)
-            for a, b in zip(ours[0], alone[0], strict=True)
+            for a, b in zip(ours[0], theirs[0], strict=True)
             for each in b
         )
-        found[name] = metrics, difference(ours[1], alone[1])
+        found[name] = metrics, difference(ours[1], theirs[1])
     return found
 
 
@@ -151,12 +156,11 @@ def whole_run(folder: Path) -> None:
     """A run of all processes; one that goes on where one process stopped; half a run for one process to go on with."""
     given = recipes.read_json(folder / "recipe.json")
     short = replace(given, train=replace(given.train, steps=given.train.steps // 2))
-    train(given, out=folder / "together", cache_dir=folder)
-    train(given, out=folder / "alone first", cache_dir=folder, resume=True)
-    train(short, out=folder / "together first", cache_dir=folder)
     around = replace(given, parallel=ParallelConfig(pipeline=2))
-    train(around, out=folder / "pipeline", cache_dir=folder)
+    train(given, out=folder / "together", cache_dir=folder)
     train(replace(around, train=short.train), out=folder / "pipeline first", cache_dir=folder)
+    train(around, out=folder / "alone first", cache_dir=folder, resume=True)
+    train(short, out=folder / "together first", cache_dir=folder)
 
 
 def _kept(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
@@ -194,25 +198,23 @@ def sabotaged(config: ParallelConfig, what: str, instead: Any) -> float:
 
 
 def layouts(size: int) -> dict[str, ParallelConfig]:
-    """Every way of sharing the work that `size` processes can try, by name."""
-    found = {
-        "shard": ParallelConfig(shard=size),
-        "loop": ParallelConfig(shard=size, gather="loop"),
-        "replicate": ParallelConfig(replicate=2),
-        "tensor": ParallelConfig(tensor=2),
-        "expert": ParallelConfig(expert=2),
-        "context": ParallelConfig(context=2),
-        "pipeline": ParallelConfig(pipeline=2),
+    """What `size` processes try, by name: each way of sharing the work alone with two, some together with four."""
+    if size == 2:
+        return {
+            "shard": ParallelConfig(shard=2),
+            "loop": ParallelConfig(shard=2, gather="loop"),
+            "replicate": ParallelConfig(replicate=2),
+            "tensor": ParallelConfig(tensor=2),
+            "expert": ParallelConfig(expert=2),
+            "context": ParallelConfig(context=2),
+            "pipeline": ParallelConfig(pipeline=2),
+        }
+    return {
+        "expert, tensor": ParallelConfig(expert=2, tensor=2, gather="loop"),
+        "expert, context": ParallelConfig(expert=2, context=2),
+        "pipeline, expert": ParallelConfig(pipeline=2, expert=2, gather="loop"),
+        "pipeline, tensor": ParallelConfig(pipeline=2, tensor=2),
     }
-    if size > 2:
-        found["expert, tensor"] = ParallelConfig(expert=2, tensor=2, gather="loop")
-        found["expert, context"] = ParallelConfig(expert=2, context=2)
-        found["context, tensor"] = ParallelConfig(context=2, tensor=2)
-        found["four stages"] = ParallelConfig(pipeline=4)
-        found["pipeline, expert"] = ParallelConfig(pipeline=2, expert=2, gather="loop")
-        found["pipeline, tensor"] = ParallelConfig(pipeline=2, tensor=2)
-        found["pipeline, context"] = ParallelConfig(pipeline=2, context=2)
-    return found
 
 
 def main() -> None:
@@ -226,7 +228,8 @@ def main() -> None:
                 results["steps"][name] = equality(world, config)
                 if name in ("shard", "expert, tensor"):
                     results["muon"][name] = muon(world, config)
-        results["sabotage"] = {name: sabotaged(*what) for name, what in SABOTAGE.items()}
+        if size == 2:
+            results["sabotage"] = {name: sabotaged(*what) for name, what in SABOTAGE.items()}
         results["checkpoints"] = checkpoints.cases(Path(sys.argv[2]) / "checkpoints")
         results["gathers"] = {gather: gathers(everyone, gather) for gather in get_args(Gather)}
     if os.environ["RANK"] == "0":

@@ -11,6 +11,7 @@ from ritornello.model.depth import Depth
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
 from ritornello.train import losses
+from ritornello.train.context_parallel import Pieces
 from ritornello.train.losses import Inputs, Shares, linear_kl, total_loss, weights
 from tests.train.small import batch, model_config, train_config
 
@@ -124,5 +125,5 @@ def test_every_state_counts_alike_for_the_probe():
         plan = Plan.of(batch(), train_config(depth="uniform"), step)
         assert 0 <= plan.probe < plan.counts.max()
         active = (plan.counts > plan.probe).mean()
-        scales.append(plan.shares(slice(None)).probe_scale * active)
+        scales.append(plan.shares(slice(None), Pieces(plan.batch.tokens.shape[1]), 1).probe_scale * active)
     assert np.mean(scales) == pytest.approx(1.0, abs=0.05)

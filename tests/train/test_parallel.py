@@ -46,7 +46,7 @@ def test_a_layout_of_another_size_is_refused(
     with (
         pytest.raises(
             ValueError,
-            match=rf"parallel\.pipeline x replicate x shard x context x tensor = .*as many processes as there are \({there}\)",
+            match=rf"parallel\.pipeline x replicate x .*as many processes as there are \({there}\)",
         ),
         world(ParallelConfig(replicate=replicate, shard=shard), CPU),
     ):

@@ -147,7 +147,8 @@ class Conductor(Stage):
         return self.model(partial(self._threads, works))
 
     def _threads(self, works: Sequence[Callable[[], tuple[Tensor, Any, Any]]]) -> list[Any]:
-        turns, found, errors = Turns(len(works)), [None] * len(works), []
+        turns, errors = Turns(len(works)), []
+        found: list[Any] = [None] * len(works)
 
         def run(i: int) -> None:
             self._chains[get_ident()] = Chain(i, turns)
