@@ -44,8 +44,6 @@ def cases(folder: Path) -> dict[str, Any]:
             "failures": failures(folder / "failures", everyone, apart),
             "kept": kept(folder / "kept", everyone, apart),
         }
-        if everyone.size == 2:
-            found["seconds"] = durations(folder / "durations", everyone, apart)
     if everyone.size == 4:
         found["topologies"] = topologies(folder / "topologies")
     return found
@@ -303,23 +301,3 @@ def kept(folder: Path, world: parallel.World, apart: parallel.World) -> dict[str
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     found["the damaged one"] = names == ["step_000005", "step_000006"]
     return found
-
-
-def durations(folder: Path, world: parallel.World, apart: parallel.World) -> dict[str, float]:
-    """Seconds of a save in the foreground, by form: the median of five each, in turns."""
-    run = Run(world, ParallelConfig(), dim=256, ffn_dim=1024, n_experts=32, expert_dim=128, head_dim=64)
-    taken: dict[str, list[float]] = {"sharded": [], "gathered": []}
-    for step in range(1, 6):
-        dist.barrier()
-        start = time.perf_counter()
-        save(folder / "sharded", run, apart, step=step)
-        dist.barrier()
-        taken["sharded"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        tables = {name: parallel.gathered(table, keep=apart.rank == 0) for name, table in run.states().items()}
-        with world.first() as first, Saver(folder / "gathered", keep=2, background=False) as saver:
-            if first:
-                saver.save(step=step, **tables, **OTHERS)
-        taken["gathered"].append(time.perf_counter() - start)
-    mb = sum(x.nbytes for x in run.state().values()) / 1e6
-    return {name: sorted(values)[2] for name, values in taken.items()} | {"MB": mb}
