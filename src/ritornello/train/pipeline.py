@@ -21,6 +21,7 @@ from ritornello.config import require
 from ritornello.model.cache import Passing
 from ritornello.model.context import Context
 from ritornello.model.layers import Pass
+from ritornello.model.moe import Routed
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
 from ritornello.ops.routing import Chosen, expert_load
@@ -110,8 +111,16 @@ class Conductor(Stage):
         self._chains: dict[int, Chain] = {}  # by thread
         model.iterate = self._iterate  # pyrefly: ignore
         model.prelude = self._prelude  # pyrefly: ignore
+        for layer in model.recurrent:
+            layer.register_forward_hook(lambda _, inputs, found: (found[0], self._in_turn(found[1])))
         last = list(model.recurrent)[-1]
         last.register_forward_hook(lambda _, inputs, found: (self._around(found[0], inputs[1]), found[1]))
+
+    def _in_turn(self, routed: Routed | None) -> Routed | None:
+        """Its loss is undone with its layer, which else would be computed again before its turn."""
+        if routed is None or not routed.balance.requires_grad:
+            return routed
+        return Routed(routed.indices, self.passed(routed.balance))
 
     def _prelude(self, x: Tensor, *rest: Any) -> Tensor:
         return type(self.model).prelude(self.model, self.passed(x), *rest)
@@ -151,6 +160,8 @@ class Conductor(Stage):
         found: list[Any] = [None] * len(works)
 
         def run(i: int) -> None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of each thread
             self._chains[get_ident()] = Chain(i, turns)
             turns.wait(i)
             try:

@@ -112,7 +112,7 @@ class Ring:
 
     @property
     def _token(self) -> Tensor:
-        return torch.zeros((), requires_grad=True) if self.token is None else self.token
+        return torch.zeros((), device=self.device, requires_grad=True) if self.token is None else self.token
 
     def post(self, x: Tensor, way: int) -> None:
         if x.numel():
