@@ -16,6 +16,7 @@ Convention = Literal["full", "causal", "decode"]
 POLICIES: tuple[CachePolicy, ...] = ("per_loop", "last", "first")
 CHUNK_NUMBERS = 2**25  # logits that a loss holds at once: 128 MiB in float32
 PROBE_STRIDE = 4  # of so many positions one is read by the loss of an exit probe, others in the next steps
+PIECES = 2 * PROBE_STRIDE  # of whose multiples the tokens are that a process has of a shared row: two pieces
 CACHED_NUMBERS = 2**19  # of them on a CPU, so many are turned into their gradient at once: 2 MiB
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ritornello.accounting import PIECES
 from ritornello.config import Gather, ModelConfig, require, require_int
 
 LEAST = 1024  # tokens of a shared sequence that a process has, in layouts that are tried
-PIECES = 8  # of whose multiples each process' tokens of a shared sequence are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ a row, the i-th and the i-th last, so that all see equally many tokens before th
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ritornello.accounting import PIECES
 from ritornello.config import require
 from ritornello.model.cache import KeyValues
 from ritornello.model.context import Context, Loop, build_context
@@ -26,8 +27,6 @@ from ritornello.model.moe import MixtureOfExperts
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.routing import sum_tokens
 from ritornello.train.tensor_parallel import Inward, Outward
-
-MULTIPLE = 8  # of a process' tokens: two pieces, each of as many tokens as the exit probe reads one of
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,10 @@ class Pieces:
     index: int = 0
 
     def __post_init__(self) -> None:
-        ok = self.n == 1 or self.length % (MULTIPLE * self.n) == 0
-        require(ok, "parallel.context", self.n, f"1, or such that {MULTIPLE} x it divides data.seq_len ({self.length})")
+        ok = self.n == 1 or self.length % (PIECES * self.n) == 0
+        require(ok, "parallel.context", self.n, f"1, or such that {PIECES} x it divides data.seq_len ({self.length})")
 
-    @property
+    @cached_property
     def order(self) -> NDArray[np.int64]:
         """(T,) places in the row: those of the first process, then those of the next."""
         if self.n == 1:
@@ -50,10 +49,14 @@ class Pieces:
         pieces = np.arange(self.length).reshape(2 * self.n, -1)
         return np.concatenate([pieces[[i, -1 - i]].ravel() for i in range(self.n)])
 
-    @property
+    @cached_property
     def mine(self) -> NDArray[np.int64]:
         """(T / n,) the places of this process."""
         return self.order.reshape(self.n, -1)[self.index]
+
+    def take(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Of rows (B, T) this process' tokens (B, T / n)."""
+        return rows if self.n == 1 else rows[:, self.mine]
 
     def depth(self, whole: Depth) -> Depth:
         """The plan of this process' tokens: rows join when their first token does, wherever that is."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ritornello.config import ParallelConfig, require
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops.linear import local
 from ritornello.train import context_parallel, expert_parallel, pipeline, tensor_parallel
 
 if TYPE_CHECKING:  # a second to import: one process alone does without
@@ -195,11 +196,11 @@ class World:
             group = self.meshes.layers["tensor"].get_group()
             for parameter in tensor_parallel.partial(model):
                 if parameter.grad is not None:
-                    dist.all_reduce(own(parameter.grad), group=group)
+                    dist.all_reduce(local(parameter.grad), group=group)
         if self.ring is not None:
             for parameter in pipeline.everywhere(model).values():
                 if parameter.requires_grad and parameter.grad is not None:
-                    dist.all_reduce(own(parameter.grad), group=self.ring.group)
+                    dist.all_reduce(local(parameter.grad), group=self.ring.group)
             self.ring.finish()
 
     def share(self, module: nn.Module) -> None:
@@ -353,25 +354,21 @@ def clip_gradients(model: RecurrentDepthTransformer, max_norm: float, world: Wor
     if world.meshes is None:
         return torch.nn.utils.clip_grad_norm_(trained.values(), max_norm)
     gradients: list[Any] = [p.grad for p in trained.values()]
-    holders = [world.size if name in pipeline.everywhere(model) else world.n_peers for name in trained]
+    everywhere = pipeline.everywhere(model)
+    holders = [world.size if name in everywhere else world.n_peers for name in trained]
     counted = [n_parts(x) / n for x, n in zip(gradients, holders, strict=True)]  # of each number once
     shares = torch.tensor(counted, device=world.device)
-    norms = torch.stack(torch._foreach_norm([own(x) for x in gradients]))
+    norms = torch.stack(torch._foreach_norm([local(x) for x in gradients]))
     total = (norms.square() * shares.to(norms.dtype)).sum()
     dist.all_reduce(total)
     norm = total.sqrt()
-    torch._foreach_mul_([own(x) for x in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_([local(x) for x in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def is_spread(x: Any) -> bool:
     """Whether this is a DTensor, of which each process holds a part."""
     return hasattr(x, "full_tensor")
-
-
-def own(x: Any) -> Any:
-    """This process' part of a tensor, itself where it is not spread."""
-    return x.to_local() if is_spread(x) else x
 
 
 def n_parts(x: Any) -> int:

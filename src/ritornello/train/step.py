@@ -56,7 +56,7 @@ class Plan:
         n_states = max(1, int((by_token * targets).sum()))
         return losses.Shares(
             n_targets=n_targets,
-            tokens=float(real[rows][:, pieces.mine].sum() / real.sum()),
+            tokens=float(pieces.take(real[rows]).sum() / real.sum()),
             loops=float(self.loops[rows].sum() / self.loops.sum()) / (pieces.n * n_stages),
             probe=self.probe,
             probe_scale=float(self.counts.max()) * n_targets / n_states,
@@ -153,8 +153,8 @@ def _forward(
     """Of `rows` of the batch these `pieces`; `deepest`: the loops of the micro-batch that they are this process' part
     of, which every process runs, with no row where it has none. Not `alone`: together with other micro-batches."""
     device = model.norm.weight.device
-    tokens, labels = (to_device(x[rows][:, pieces.mine], device) for x in (plan.batch.tokens, plan.batch.labels))
-    documents = None if plan.documents is None else to_device(plan.documents[rows][:, pieces.mine], device)
+    tokens, labels = (to_device(pieces.take(x[rows]), device) for x in (plan.batch.tokens, plan.batch.labels))
+    documents = None if plan.documents is None else to_device(pieces.take(plan.documents[rows]), device)
     key = Key(*plan.key, to_device(plan.batch.indices[rows], device))
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
         out = (model if alone else model.forward)(
