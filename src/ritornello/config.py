@@ -19,6 +19,7 @@ Halting = Literal["none", "act", "gate", "kl", "delta", "entropy"]
 ReadOut = Literal["last", "mixture"]
 InitialState = Literal["zeros", "e", "noise"]
 Gather = Literal["step", "loop"]
+Precision = Literal["fp32", "bf16"]
 CheckpointForm = Literal["auto", "plain", "sharded"]
 LoraTarget = Literal["q", "o", "ffn"]
 KvSharing = Literal["per_loop", "first"]
@@ -358,7 +359,7 @@ class TrainConfig:
     cooldown_fraction: float = 0.5  # trapezoid: the share of steps in which the rate falls
     final_lr_fraction: float = 0.05
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     checkpoint_activations: bool = False
 
     depth: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "poisson"

@@ -72,6 +72,11 @@ def test_without_its_sum_a_step_is_another(launched: tuple[Any, Path], sabotage:
     assert launched[0]["sabotage"][sabotage] > 1e-3
 
 
+def test_in_bfloat16_every_matrix_has_its_gradient(launched: tuple[Any, Path]) -> None:
+    """Where loops without gradients come first, too: a copy that these made would have none."""
+    assert min(launched[0]["bf16"].values()) > 0.98, launched[0]["bf16"]
+
+
 def test_muon_takes_the_same_step_as_far_as_bfloat16_goes(launched: tuple[Any, Path]) -> None:
     """Its iterates are in bfloat16, and products of parts are rounded otherwise."""
     for found in launched[0]["muon"].values():

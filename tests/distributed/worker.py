@@ -22,7 +22,7 @@ from ritornello.config import Gather, ParallelConfig
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import parallel
 from ritornello.train.optim import build_optimizers
-from ritornello.train.step import train_step
+from ritornello.train.step import Plan, accumulate, train_step
 from ritornello.train.trainer import train
 from tests.distributed import checkpoints
 from tests.train.small import batch, model_config, train_config
@@ -107,7 +107,8 @@ def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
     cases += [(kind, kind, 1, {}) for kind in (kinds if single else FEW)]
     cases += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items() if single]
     if config.pipeline > 1:  # more than are on their way together
-        cases.append(("many micro-batches", "experts, tied", 1, {"microbatch_size": 2}))
+        all_at_once = {"microbatch_size": 2, "backprop_loops": 2, "checkpoint_activations": True}
+        cases.append(("many micro-batches", "experts, tied", 1, all_at_once))
     found = {}
     for name, kind, steps, settings in cases:
         how: Any = {"steps": steps, "packed": kind != "plain"}  # packed: some rows have fewer tokens than others
@@ -132,6 +133,23 @@ def muon(world: parallel.World, config: ParallelConfig) -> dict[str, float]:
     (_, ours), (_, alone) = both(world, config, kind, steps=1, **how)
     names = [name for name, x in alone.items() if name.endswith("proj.weight")]
     return {name: float((ours[name] - alone[name]).norm() / (alone[name] - before[name]).norm()) for name in names}
+
+
+def lowered(world: parallel.World, config: ParallelConfig) -> float:
+    """The least cosine of a matrix' gradient in bfloat16 with one process' in float32, some loops having none."""
+    found = []
+    for where, how, precision in ((world, config, "bf16"), (parallel.ALONE, ParallelConfig(), "fp32")):
+        kind: Any = HEADS | KINDS["experts, tied"] | {"n_recurrent_layers": config.pipeline}
+        model = RecurrentDepthTransformer(model_config(**kind)).train()
+        config_of_training = train_config(batch_size=8, microbatch_size=4, backprop_loops=2, precision=precision)
+        where.shard(model, how, precision)
+        accumulate(model, Plan.of(batch(n=8, length=16), config_of_training, 0), config_of_training, where)
+        where.finish_gradients(model)
+        found.append({name: parallel.whole(p.grad) for name, p in model.named_parameters() if p.ndim > 1})
+    ours, alone = found
+    pairs = [(x.flatten(), alone[name].flatten()) for name, x in ours.items() if alone[name].any()]
+    assert len(pairs) > 8
+    return min(float(torch.cosine_similarity(*pair, 0)) for pair in pairs)
 
 
 def gathers(world: parallel.World, gather: Gather) -> dict[str, dict[str, int]]:
@@ -222,10 +240,11 @@ def main() -> None:
     size, cpu = int(os.environ["WORLD_SIZE"]), torch.device("cpu")
     with parallel.world(ParallelConfig(), cpu) as everyone:
         whole_run(Path(sys.argv[2]))
-        results |= {"steps": {}, "muon": {}}
+        results |= {"steps": {}, "muon": {}, "bf16": {}}
         for name, config in layouts(size).items():
             with parallel.world(config, cpu) as world:
                 results["steps"][name] = equality(world, config)
+                results["bf16"][name] = lowered(world, config)
                 if name in ("shard", "expert, tensor"):
                     results["muon"][name] = muon(world, config)
         if size == 2:

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ritornello.config import ParallelConfig, require
+from ritornello.config import ParallelConfig, Precision, require
+from ritornello.model.moe import Router
+from ritornello.model.norm import RMSNorm
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.linear import local
 from ritornello.train import context_parallel, expert_parallel, pipeline, tensor_parallel
@@ -148,16 +150,17 @@ class World:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         require(torch.equal(least, most), what, list(numbers), "the same in every process", "do all see the same disk?")
 
-    def shard(self, model: RecurrentDepthTransformer, config: ParallelConfig) -> None:
+    def shard(self, model: RecurrentDepthTransformer, config: ParallelConfig, precision: Precision = "fp32") -> None:
         """Spread layers over processes that read the same, experts over some that don't, and then what each has of
         parameters, gradients and optimizer states over all others (FSDP2), a layer at a time.
 
         `gather` says how often the looped layers are put together: "step": once, and held until gradients are known;
-        "loop": for each loop and again on the way back.
+        "loop": for each loop and again on the way back. bf16: their matrices are put together as autocast would
+        multiply them, which keeps no copy of what it knows only a view of; norms and routers stay in float32.
         """
         if self.meshes is None:
             return
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.fsdp import FSDPModule
 
         layers, experts = self.meshes.layers, self.meshes.experts
         if self.ring is not None:
@@ -168,13 +171,12 @@ class World:
             expert_parallel.spread(model, experts["expert", "tensor"])
         mesh, once = layers["replicate", "shard"], config.gather == "step"
         for layer in (*model.prelude_layers, *model.coda_layers):
-            fully_shard(layer, mesh=mesh)
+            _shard_layer(layer, mesh, precision)
         for layer in model.recurrent:
-            apart = [layer.mlp.experts] if config.expert > 1 else []  # pyrefly: ignore
-            for module, over in *((each, experts["replicate", "shard"]) for each in apart), (layer, mesh):
-                fully_shard(module, mesh=over, reshard_after_forward=not once)
-                module.set_reshard_after_backward(not once, recurse=False)  # pyrefly: ignore
-        fully_shard(model, mesh=mesh, ignored_params=set(replicated(model).values()))
+            if config.expert > 1:
+                _shard(layer.mlp.experts, experts["replicate", "shard"], precision, once=once)  # pyrefly: ignore
+            _shard_layer(layer, mesh, precision, once=once)
+        _shard(model, mesh, ignored_params=set(replicated(model).values()))
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -336,6 +338,32 @@ def _ring(cut: Meshes, device: torch.device) -> pipeline.Stage:
         control = [dist.new_group(some, backend="gloo") for some in ranks][dist.get_rank() % len(ranks)]
     stage, n = dist.get_rank(group), dist.get_world_size(group)
     return (pipeline.Stage if stage else pipeline.Conductor)(group, control, device, stage, n)
+
+
+def _shard_layer(layer: nn.Module, mesh: "DeviceMesh", precision: Precision, *, once: bool = False) -> None:
+    """In bf16, two groups: that of the matrices, and that of what is float32 always."""
+    exact = [each for each in layer.modules() if isinstance(each, RMSNorm | Router)]
+    if precision == "bf16":
+        _shard(exact, mesh, once=once)
+    _shard(layer, mesh, precision, once=once)
+
+
+def _shard(
+    modules: nn.Module | list[nn.Module],
+    mesh: "DeviceMesh",
+    precision: Precision = "fp32",
+    *,
+    once: bool | None = None,
+    **how: Any,
+) -> None:
+    """One FSDP2 group. once: put together once a step, and held; None: with the model's own."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    low, full = (torch.bfloat16, torch.float32) if precision == "bf16" else (None, None)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=full, cast_forward_inputs=False)
+    fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=None if once is None else not once, **how)
+    for module in modules if isinstance(modules, list) else [modules]:
+        module.set_reshard_after_backward(not once, recurse=False)  # pyrefly: ignore
 
 
 def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:

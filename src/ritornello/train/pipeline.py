@@ -113,7 +113,9 @@ class Conductor(Stage):
         model.prelude = self._prelude  # pyrefly: ignore
         for layer in model.recurrent:
             layer.register_forward_hook(lambda _, inputs, found: (found[0], self._in_turn(found[1])))
-        last = list(model.recurrent)[-1]
+        first, *_, last = *model.recurrent, *model.recurrent
+        # a loop that is the first with a gradient has no state that came: its way back waits for its turn here
+        first.register_forward_pre_hook(lambda _, inputs: (self.passed(inputs[0]), *inputs[1:]))
         last.register_forward_hook(lambda _, inputs, found: (self._around(found[0], inputs[1]), found[1]))
 
     def _in_turn(self, routed: Routed | None) -> Routed | None:
@@ -130,7 +132,7 @@ class Conductor(Stage):
         self.recomputes = run.checkpoint
         # tokens that leave the batch would have to be named to every stage
         run = replace(run, checkpoint=False, compact=False)
-        yield from type(self.model).iterate(self.model, e, context, run)
+        yield from type(self.model).iterate(self.model, self.passed(e), context, run)
 
     @property
     def _chain(self) -> Chain:
