@@ -56,7 +56,7 @@ def test_a_step_is_that_of_one_process(launched: tuple[Any, Path], layout: str) 
     if layout not in launched[0]["steps"]:
         pytest.skip("of another number of processes")
     found = launched[0]["steps"][layout]
-    least = len(KINDS) - 1 + len(SETTINGS) if layout in layouts(2) else len(FEW)
+    least = len(KINDS) - 2 + len(SETTINGS) if layout in layouts(2) else len(FEW)
     assert len(found) >= least
     for name, (metrics, parameters) in found.items():
         # the gate's feature log KL makes of 1e-16 in a probability a relative 1e-11 where two loops hardly differ

@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {"halting": "none", "n_prelude_layers": 2, "n_recurrent_layers": 0, "n_coda_layers": 0} | PLAIN,
     "streams, mla": {"halting": "kl", "carry_streams": 2, "attention": "mla"},
     "idle experts": {"halting": "none", "n_experts": 64},
+    "dense": {"halting": "none", "ffn": "dense"},
 }
 LONG = ("experts, tied", "act")
 FEW = ("experts, tied", "streams, mla")  # of those that several ways together try
@@ -103,7 +104,8 @@ def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
         cases = [
             (f"{kind}, {STEPS}", kind, STEPS, {}) for kind in (LONG if config == ParallelConfig(shard=2) else LONG[:1])
         ]
-    kinds = [kind for kind in KINDS if kind != "plain" or config.expert == config.pipeline == 1]
+    left_out = {"plain"} if config.pipeline > 1 else {"plain", "dense"} if config.expert > 1 else set()
+    kinds = [kind for kind in KINDS if kind not in left_out]
     cases += [(kind, kind, 1, {}) for kind in (kinds if single else FEW)]
     cases += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items() if single]
     if config.pipeline > 1:  # more than are on their way together

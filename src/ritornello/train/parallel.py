@@ -332,17 +332,19 @@ def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
 def _ring(cut: Meshes, device: torch.device) -> pipeline.Stage:
     """The stages that this process hands states to and gets them from."""
     group = cut.stages["pipeline"].get_group()
-    control = group
-    if device.type != "cpu":  # every process has to ask for every group
-        ranks = cut.stages.mesh.T.tolist()
-        control = [dist.new_group(some, backend="gloo") for some in ranks][dist.get_rank() % len(ranks)]
-    stage, n = dist.get_rank(group), dist.get_world_size(group)
-    return (pipeline.Stage if stage else pipeline.Conductor)(group, control, device, stage, n)
+    ranks, stage, n = dist.get_process_group_ranks(group), dist.get_rank(group), dist.get_world_size(group)
+    own: Any = {"use_local_synchronization": True, "timeout": PATIENCE}  # others need not ask for these groups
+    control = group if device.type == "cpu" else dist.new_group(ranks, backend="gloo", **own)
+    ways = sorted(
+        {(i, (i + way) % n) for i in range(n) for way in (1, -1)}
+    )  # in one order, or members wait for each other
+    hops = {way: dist.new_group([ranks[i] for i in way], **own) for way in ways if stage in way}
+    return (pipeline.Stage if stage else pipeline.Conductor)(group, control, device, stage, n, hops)
 
 
 def _shard_layer(layer: nn.Module, mesh: "DeviceMesh", precision: Precision, *, once: bool = False) -> None:
     """In bf16, two groups: that of the matrices, and that of what is float32 always."""
-    exact = [each for each in layer.modules() if isinstance(each, RMSNorm | Router)]
+    exact: list[nn.Module] = [each for each in layer.modules() if isinstance(each, RMSNorm | Router)]
     if precision == "bf16":
         _shard(exact, mesh, once=once)
     _shard(layer, mesh, precision, once=once)

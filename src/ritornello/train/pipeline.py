@@ -26,6 +26,7 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
 from ritornello.ops.routing import Chosen, expert_load
 from ritornello.train.ring import TYPES, Call, Ring
+from ritornello.train.watch import PASS
 
 
 def divide(model: RecurrentDepthTransformer, stage: "Stage") -> None:
@@ -176,14 +177,16 @@ class Conductor(Stage):
                 self._chains.pop(get_ident())
                 turns.next(i, done=True)
 
-        threads = [Thread(target=run, args=(i,)) for i in range(len(works))]
+        threads = [Thread(target=run, args=(i,), name=f"{PASS}{i}") for i in range(len(works))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        self.dismiss()
-        if errors:
-            raise errors[0]
+        try:
+            self.dismiss()
+        finally:  # an error of this stage's own says more than that another one is gone
+            if errors:
+                raise errors[0]
         return found
 
     def led(self, model: RecurrentDepthTransformer, work: Callable[[], Any]) -> Any:
@@ -203,7 +206,7 @@ def _described(x: Tensor, now: Pass, chain: Chain, training: bool, recomputes: b
     assert c.some is None and not c.exact
     sequences = None if c.key is None else c.key.sequences
     rows = [None if t is None else t[new] for t in (c.documents, sequences)]
-    numbers = [t.reshape(-1).to("cpu", torch.int64) for t in (now.loop, now.running, *rows) if isinstance(t, Tensor)]
+    numbers = [t.reshape(-1).to(torch.int64) for t in (now.loop, now.running, *rows) if isinstance(t, Tensor)]
     call = Call(
         kind=1,
         chain=chain.index,
@@ -223,7 +226,7 @@ def _described(x: Tensor, now: Pass, chain: Chain, training: bool, recomputes: b
         seed=0 if c.key is None else c.key.seed,
         step=0 if c.key is None else c.key.step,
     )
-    return call, torch.cat(numbers) if numbers else torch.empty(0, dtype=torch.int64)
+    return call, torch.cat([torch.empty(0, dtype=torch.int64, device=x.device), *numbers])
 
 
 @dataclass
@@ -256,13 +259,14 @@ def serve(model: RecurrentDepthTransformer, ring: Stage) -> list[Visitor]:
         if ring.stage + 1 < ring.n:
             ring.say(call, numbers)
         if not call.kind:
-            return [ring.visitors[i] for i in sorted(ring.visitors)]
+            visitors, ring.visitors = ring.visitors, {}
+            return [visitors[i] for i in sorted(visitors)]
         ring.recomputes = bool(call.recomputes)
         if model.training != bool(call.training):
             model.train(bool(call.training))
         where, bf16 = ring.device.type, bool(call.bf16)
         with torch.set_grad_enabled(bool(call.gradients)), torch.autocast(where, torch.bfloat16, enabled=bf16):
-            model(partial(receive, model, ring, call, numbers.to(ring.device)))
+            model(partial(receive, model, ring, call, numbers))
 
 
 def receive(model: RecurrentDepthTransformer, ring: Stage, call: Call, numbers: Tensor) -> None:

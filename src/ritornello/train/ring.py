@@ -5,6 +5,7 @@ and taking of a stage. A backward pass so undoes them in the reverse order, and 
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -62,6 +63,9 @@ class Ring:
     device: torch.device
     stage: int
     n: int
+    hops: Mapping[
+        tuple[int, int], Any
+    ]  # from stage to stage: a group of the two, as nccl does one thing at a time in each
     token: Tensor | None = None  # through which all that is sent hangs together
     _sent: deque[tuple[Any, Tensor]] = field(default_factory=deque)
 
@@ -79,15 +83,15 @@ class Ring:
     def say(self, call: Call, numbers: Tensor) -> None:
         """To the next stage."""
         head = torch.tensor([getattr(call, each.name) for each in fields(call)])
-        for tensor in (head, numbers) if numbers.numel() else (head,):
-            self._post(tensor, 1, self.control)
+        self._keep(dist.isend(head, group=self.control, group_dst=(self.stage + 1) % self.n), head)
+        self.post(numbers, 1)
 
     def hear(self) -> tuple[Call, Tensor]:
         """From the stage before."""
-        head = self._fetch(torch.empty(len(fields(Call)), dtype=torch.int64), -1, self.control)
+        head = torch.empty(len(fields(Call)), dtype=torch.int64)
+        dist.recv(head, group=self.control, group_src=(self.stage - 1) % self.n)
         call = Call(*head.tolist())
-        numbers = torch.empty(sum(call.lengths), dtype=torch.int64)
-        return call, self._fetch(numbers, -1, self.control) if numbers.numel() else numbers
+        return call, self.fetch(torch.empty(sum(call.lengths), dtype=torch.int64, device=self.device), -1)
 
     def give(self, x: Tensor) -> None:
         """The state to the next stage; on the way back its gradient comes from there."""
@@ -115,21 +119,21 @@ class Ring:
         return torch.zeros((), device=self.device, requires_grad=True) if self.token is None else self.token
 
     def post(self, x: Tensor, way: int) -> None:
+        other = (self.stage + way) % self.n
         if x.numel():
-            self._post(x.detach().contiguous(), way, self.group)
+            x, group = x.detach().contiguous(), self.hops[self.stage, other]
+            self._keep(dist.isend(x, group=group, group_dst=int(other > self.stage)), x)
 
     def fetch(self, like: Tensor, way: int) -> Tensor:
-        x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        return self._fetch(x, way, self.group) if x.numel() else x
+        x, other = torch.empty_like(like, memory_format=torch.contiguous_format), (self.stage + way) % self.n
+        if x.numel():
+            dist.recv(x, group=self.hops[other, self.stage], group_src=int(other > self.stage))
+        return x
 
-    def _post(self, x: Tensor, way: int, group: Any) -> None:
+    def _keep(self, work: Any, x: Tensor) -> None:
         while len(self._sent) > 8 * self.n + 8:  # long read: a round of every stage's is less
             self._sent.popleft()[0].wait()
-        self._sent.append((dist.isend(x, group=group, group_dst=(self.stage + way) % self.n), x))
-
-    def _fetch(self, x: Tensor, way: int, group: Any) -> Tensor:
-        dist.recv(x, group=group, group_src=(self.stage + way) % self.n)
-        return x
+        self._sent.append((work, x))
 
 
 class _Give(torch.autograd.Function):

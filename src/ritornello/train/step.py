@@ -104,6 +104,32 @@ def train_step(
     return metrics | measured | (router_metrics(load) if load is not None else {})
 
 
+@dataclass(frozen=True)
+class Micro:
+    """What this process does of one micro-batch: `rows` of the batch, of which it has the tokens in `pieces`.
+
+    deepest: the loops of the whole micro-batch, which every process runs, with no row where it has none. together: with
+    other micro-batches.
+    """
+
+    plan: Plan
+    train: TrainConfig
+    table: dict[str, float]
+    rows: slice
+    pieces: Pieces
+    deepest: int
+    shares: losses.Shares
+    together: bool
+
+    @staticmethod
+    def of(
+        plan: Plan, train: TrainConfig, table: dict[str, float], rows: slice, pieces: Pieces, world: World
+    ) -> "Micro":
+        part, deepest = world.part(rows), int(plan.counts[rows].max())
+        shares = plan.shares(part, pieces, world.n_stages)
+        return Micro(plan, train, table, part, pieces, deepest, shares, world.ring is not None)
+
+
 def accumulate(
     model: RecurrentDepthTransformer, plan: Plan, train: TrainConfig, world: World = ALONE
 ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -111,23 +137,20 @@ def accumulate(
     (n_loops, R, E) of all."""
     table = losses.weights(model.config, train)
     terms: dict[str, Tensor] = {}
-    load, n, ring = None, world.n_stages, world.ring
+    load, ring = None, world.ring
     with world.tokens_shared(model, plan.batch.tokens.shape[1]) as pieces:
         slices = _slices(len(plan.batch.tokens), train.microbatch_size)
-        while some := list(islice(slices, n)):
-            deepest = [int(plan.counts[rows].max()) for rows in some]
-            parts = [(world.part(rows), plan.shares(world.part(rows), pieces, n)) for rows in some]
-            works = [
-                partial(_forward, model, plan, train, rows, pieces, most, table, shares, ring is None)
-                for (rows, shares), most in zip(parts, deepest, strict=True)
-            ]
+        while some := list(islice(slices, world.n_stages)):
+            micros = [Micro.of(plan, train, table, rows, pieces, world) for rows in some]
             if ring is None:
-                found = [works[0]()]
+                found = [_forward(model, micros[0])]
             elif isinstance(ring, Conductor):
-                found = ring.together(works)
+                found = ring.together([partial(_forward, model, micro) for micro in micros])
             else:
-                visitors = zip(serve(model, ring), parts, strict=True)
-                found = [_visited(model, visitor, shares, table, world.device) for visitor, (_, shares) in visitors]
+                visitors = serve(model, ring)
+                if len(visitors) < len(micros):
+                    raise RuntimeError("the first stage gave up")
+                found = [_visited(model, *each, world.device) for each in zip(visitors, micros, strict=True)]
             total = sum((each[0] for each in found[1:]), found[0][0])
             (total if ring is None else ring.closed(total)).backward()
             for _, micro_terms, micro_load in found:
@@ -139,55 +162,41 @@ def accumulate(
 Found = tuple[Tensor, dict[str, Tensor], Tensor | None]  # what to differentiate, the terms, the experts' load
 
 
-def _forward(
-    model: RecurrentDepthTransformer,
-    plan: Plan,
-    train: TrainConfig,
-    rows: slice,
-    pieces: Pieces,
-    deepest: int,
-    table: dict[str, float],
-    shares: losses.Shares,
-    alone: bool,
-) -> Found:
-    """Of `rows` of the batch these `pieces`; `deepest`: the loops of the micro-batch that they are this process' part
-    of, which every process runs, with no row where it has none. Not `alone`: together with other micro-batches."""
+def _forward(model: RecurrentDepthTransformer, micro: Micro) -> Found:
+    plan, train, rows, pieces = micro.plan, micro.train, micro.rows, micro.pieces
     device = model.norm.weight.device
     tokens, labels = (to_device(pieces.take(x[rows]), device) for x in (plan.batch.tokens, plan.batch.labels))
     documents = None if plan.documents is None else to_device(pieces.take(plan.documents[rows]), device)
     key = Key(*plan.key, to_device(plan.batch.indices[rows], device))
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-        out = (model if alone else model.forward)(
+        out = (model.forward if micro.together else model)(
             tokens,
-            n_loops=pieces.depth(Depth.right_aligned(plan.counts[rows], deepest)),
+            n_loops=pieces.depth(Depth.right_aligned(plan.counts[rows], micro.deepest)),
             documents=documents,
             backprop_loops=train.backprop_loops,
             checkpoint=train.checkpoint_activations,
             key=key,
-            trajectory=losses.needs_trajectory(table),
-            weigh=losses.needs_weights(table),
+            trajectory=losses.needs_trajectory(micro.table),
+            weigh=losses.needs_weights(micro.table),
             compact=None if pieces.n == 1 else False,
             exit=default_exit("act") if model.config.halting == "act" else None,  # its halted tokens stay frozen
             return_logits=False,
         )
-        x = losses.Inputs(model=model, train=train, labels=labels, documents=documents, key=key, out=out, shares=shares)
-        total, terms = losses.total_loss(x, table)
+        x = losses.Inputs(
+            model=model, train=train, labels=labels, documents=documents, key=key, out=out, shares=micro.shares
+        )
+        total, terms = losses.total_loss(x, micro.table)
     return total, terms, None if out.routing is None else out.routing.load
 
 
-def _visited(
-    model: RecurrentDepthTransformer,
-    visitor: Visitor,
-    shares: losses.Shares,
-    table: dict[str, float],
-    device: torch.device,
-) -> Found:
+def _visited(model: RecurrentDepthTransformer, visitor: Visitor, micro: Micro, device: torch.device) -> Found:
     """The same of a stage that has some layers only: how evenly they used their experts."""
-    terms = {name: torch.zeros((), device=device) for name in table}
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    terms = {name: torch.zeros((), device=device, dtype=dtype) for name in micro.table}
     total = terms["next_token"]
-    if "balance" in table:
-        balance = torch.stack(visitor.balances).sum() / visitor.n_rows * shares.loops
-        terms["balance"], total = balance.detach(), table["balance"] * balance
+    if "balance" in terms:
+        balance = torch.stack(visitor.balances).sum() / visitor.n_rows * micro.shares.loops
+        terms["balance"], total = balance.detach(), micro.table["balance"] * balance
     return total, terms, visitor.load(model, device)
 
 

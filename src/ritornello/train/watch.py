@@ -37,6 +37,7 @@ from ritornello.train.hub import (
 KEY = "ritornello/watch"  # in the store that the processes meet at: where the first one listens
 GRACE = 20.0  # seconds for a process to leave by itself: torchrun ends it after 30
 STALLED = 3  # the exit code of a process that stops for another one's sake
+PASS = "pass "  # how names of threads begin that the training thread waits for
 STACK = 2  # standard error, where the stacks of a run that hangs are written to
 logger = logging.getLogger("ritornello")
 
@@ -257,12 +258,21 @@ def _started(work: Callable[[], None]) -> threading.Thread:
 
 
 def _place(thread: int | None) -> tuple[str, bool]:
-    """Where a thread is, by its innermost line of this package, and whether it waits for other processes there."""
+    """Where a thread, or one that it waits for, is, by its innermost line of this package; whether it waits for other
+    processes there."""
+    frames, others = sys._current_frames(), threading.enumerate()
+    helpers = [each.ident for each in others if each.name.startswith(PASS)]
+    places = [_of(frames.get(each or 0)) for each in (*helpers, thread)]
+    return next((place for place in places if place[1]), places[-1])
+
+
+def _of(frame: FrameType | None) -> tuple[str, bool]:
     frames: list[FrameType] = []
-    frame = sys._current_frames().get(thread or 0)
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
+    if not frames:
+        return "nowhere", False
     names = [str(each.f_globals.get("__name__")) for each in frames]
     ours = next((each for each, name in zip(frames, names, strict=True) if name.startswith("ritornello")), frames[0])
     code = ours.f_code
