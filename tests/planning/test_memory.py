@@ -92,7 +92,9 @@ def test_a_layout_divides_what_it_says() -> None:
     sizes = Sizes.of(recipe.model)
     assert spread.held.experts == sizes.experts / 8 and spread.held.root == sizes.root / 4
     assert spread.whole.experts == sizes.experts / 4 and spread.whole.block == sizes.block / 2
-    assert alone.gathered == 0 and spread.gathered > 4 * (spread.whole.experts + spread.whole.block)
+    looped = spread.whole.experts + spread.whole.block
+    assert alone.gathered == 0 and 2 * looped < spread.gathered < 4 * looped
+    assert alone.copies(left=2) > 0 == spread.copies(left=2)
     by_loop = replace(spread, layout=replace(spread.layout, gather="loop"))
     assert by_loop.gathered == spread.gathered  # two layers: both are under way
     more = small(model=MANY | {"n_recurrent_layers": 4})

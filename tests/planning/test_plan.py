@@ -145,7 +145,7 @@ def test_each_preset_fits_or_says_what_is_missing(name: str) -> None:
 def test_what_is_missing_names_the_largest_part() -> None:
     assert plan(asked("1b", 8)).best.fits
     a = asked("50b", 8)
-    assert "most of it optimizer" in missing(a, list(candidates(a)))
+    assert "most of it gradients" in missing(a, list(candidates(a)))
 
 
 def test_a_batch_is_rounded_up_so_that_all_get_as_much() -> None:

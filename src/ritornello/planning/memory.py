@@ -2,8 +2,9 @@
 
 Weights are float32 masters, gradients float32. Autograd adds up the gradients of a weight that every loop uses before
 it hands them on, so those of all looped layers wait whole, in each process, until the first loop has been passed.
-Under autocast a weight's bfloat16 copy is kept for the whole step; experts are copied anew by each loop, and each copy
-is kept for its loop's backward pass, unless activations are computed again.
+Under autocast one process alone keeps a weight's bfloat16 copy for the whole step; experts are copied anew by each
+loop, and each copy is kept for its loop's backward pass, unless activations are computed again. Several processes put
+the layers' matrices together in bfloat16, and copy none.
 """
 
 from dataclasses import dataclass, replace
@@ -181,13 +182,18 @@ class Moments:
         looped, n = self.whole.experts + self.whole.block, self.n_recurrent
         if self.layout.gather == "loop":
             looped *= min(AHEAD, n) / n
-        n_once = max(1, self.config.n_prelude_layers + self.config.n_coda_layers)
-        return FLOAT * (looped + self.whole.once / n_once * AHEAD + self.whole.root)
+        n_once = max(1, self.n_once)
+        return self.keeps.low * (looped + self.whole.once / n_once * AHEAD) + FLOAT * self.whole.root
 
     def copies(self, *, left: float, again: float = 0) -> float:
         """Of weights; of experts, one for each of the loops `left`, or where these are computed again, `again`."""
         n = again if self.train.checkpoint_activations else left
-        return self.keeps.low * self.keeps.lowered * (self.whole.block + self.whole.once + n * self.whole.experts)
+        return self.copied * (self.whole.block + self.whole.once + n * self.whole.experts)
+
+    @property
+    def copied(self) -> int:
+        """Bytes of a number's copy."""
+        return self.keeps.low * self.keeps.lowered * (self.layout.n_processes == 1)
 
     def activations(self, *, coda: bool = True, loops: float | None = None) -> float:
         """loops: with a gradient that are left, None: all. One is whole where they are computed again."""
@@ -242,10 +248,11 @@ class Moments:
         activations = self.activations(coda=False, loops=load.loops * (1 - done / max(1, load.deepest)))
         if self.train.checkpoint_activations:
             activations += load.n_tokens * (kept.loop - kept.entering)
-        waiting = FLOAT * self.whole.experts + self.keeps.low * self.whole.block
+        alone = self.layout.n_processes == 1
+        waiting = (FLOAT if alone else self.keeps.low) * self.whole.experts + self.keeps.low * self.whole.block
         coda = FLOAT * self.held.once * self.config.n_coda_layers / max(1, self.n_once)
         layer, largest = (self.whole.experts + self.whole.block) / n, 2 / 3 * self.whole.experts / n
-        adding = FLOAT * layer if self.layout.n_processes > 1 else 2 * FLOAT * largest * (not first)
+        adding = 2 * FLOAT * largest * (not first) if alone else FLOAT * layer
         return self.resting(
             gradients=self.earlier() + waiting + coda,
             gathered=self.gathered,
@@ -266,7 +273,7 @@ class Moments:
         return self.resting(
             gradients=FLOAT * (self.held.total - prelude) + vocabulary + self.earlier(),
             gathered=self.rooted,
-            copies=self.keeps.low * self.keeps.lowered * prelude,
+            copies=self.copied * prelude,
             activations=self.load.n_tokens * self.kept.prelude,
             working=self.load.n_tokens * self.kept.working,
         )
@@ -284,7 +291,7 @@ class Moments:
     def rooted(self) -> float:
         """What is put together while the first layers have their turn."""
         alone = self.layout.n_processes == 1
-        return 0 if alone else FLOAT * (self.whole.root + self.whole.once / max(1, self.n_once))
+        return 0 if alone else FLOAT * self.whole.root + self.keeps.low * self.whole.once / max(1, self.n_once)
 
     def at_optimizer(self) -> Memory:
         return self.resting(gradients=FLOAT * self.held.total)

@@ -78,12 +78,12 @@ def time(recipe: Recipe, layout: Layout, gpu: Gpu) -> Time:
 
 def moved(recipe: Recipe, layout: Layout) -> float:
     """Bytes from and to one device's memory: weights as often as they are read, what is kept written and read and as
-    much for its gradients, experts converted by each loop, the optimizer's update."""
+    much for its gradients, experts that one process alone converts by each loop, the optimizer's update."""
     step = Moments.of(recipe, layout, fused=True)
     mean, trained = depth(recipe)
     passes = mean + trained * (2 + recipe.train.checkpoint_activations)
     low, whole = step.keeps.low, step.whole
-    converted = (low + FLOAT) * step.keeps.lowered * whole.experts * (mean + trained)
+    converted = (FLOAT + low) * (step.copied > 0) * whole.experts * (mean + trained)
     weights = low * (passes * (whole.experts + whole.block) + 3 * (whole.once + whole.root)) + converted
     return recipe.train.accumulation * (weights + 4 * step.activations()) + UPDATE * step.held.total
 
@@ -112,8 +112,9 @@ def weights_sent(recipe: Recipe, layout: Layout) -> Sent:
     load = Load.of(recipe, layout)
     most = 0 if recipe.model.is_plain else _deepest(recipe)
     times = 1 if layout.gather == "step" else most + load.deepest
-    numbers = (whole.experts + whole.block) * times + 2 * whole.once + whole.root
-    return Sent(FLOAT * numbers * recipe.train.accumulation, layout.tensor * layout.n_shards)
+    low = 2 if recipe.train.precision == "bf16" else FLOAT
+    n_bytes = low * ((whole.experts + whole.block) * times + 2 * whole.once) + FLOAT * whole.root
+    return Sent(n_bytes * recipe.train.accumulation, layout.tensor * layout.n_shards)
 
 
 def _deepest(recipe: Recipe) -> int:
