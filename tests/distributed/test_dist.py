@@ -21,7 +21,7 @@ from ritornello.train.trainer import train
 from tests.distributed.worker import FEW, KINDS, SABOTAGE, SETTINGS, STEPS, layouts
 from tests.train.small import recipe
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]  # one launch for each number of processes
+pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 900  # seconds, beside other tests on two cores
 

@@ -16,7 +16,7 @@ from benchmarks.torture.subject import digest
 from ritornello.train import checkpoint
 from tests.distributed.faults import CASES, LAST, OF_FOUR, STALL_S, STEPS, subject_in
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]
+pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 1800  # seconds, beside other tests on two cores
 Found = dict[str, Any]
