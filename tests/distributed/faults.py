@@ -46,15 +46,15 @@ def poisoned(first: int, n: int) -> Spoil:
     def prepare(own: int, pids: list[int]) -> None:
         seen: list[int] = []
 
-        def micro_step(model: Any, plan: Any, *rest: Any) -> Any:
-            now = plan.key[1]
+        def micro_step(model: Any, micro: step.Micro) -> Any:
+            now = micro.plan.key[1]
             if own != LAST or not first <= now < first + n or now in seen:
-                return real(model, plan, *rest)
+                return real(model, micro)
             seen.append(now)
             nan = lambda module, inputs, out: out * float("nan")  # noqa: E731
             handle = model.norm.register_forward_hook(nan)
             try:
-                return real(model, plan, *rest)
+                return real(model, micro)
             finally:
                 handle.remove()
 

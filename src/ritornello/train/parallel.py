@@ -243,8 +243,8 @@ ALONE = World()
 
 
 @contextmanager
-def world(config: ParallelConfig, device: torch.device) -> Iterator[World]:
-    """The processes that torchrun started; without it, this one alone.
+def world(config: ParallelConfig, device: torch.device, store: Any = None) -> Iterator[World]:
+    """The processes that torchrun started; without it, this one alone. store: where they meet; None: torchrun's.
 
     Raises:
         ValueError: another number of processes than the recipe's layout has, or no device for this one.
@@ -258,6 +258,9 @@ def world(config: ParallelConfig, device: torch.device) -> Iterator[World]:
     device = _own(device)
     if not started:
         where: Any = {"device_id": device} if device.type == "cuda" else {}
+        if store is not None:
+            store.set_timeout(PATIENCE)
+            where |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": size}
         dist.init_process_group(BACKENDS[device.type], timeout=PATIENCE, **where)
     try:
         cut = meshes(config, device)

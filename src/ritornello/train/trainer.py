@@ -67,7 +67,10 @@ def train(
     """
     out, config = Path(out), recipe.train
     require_packages(config)
-    with watching(recipe.parallel, out) as watch, parallel.world(recipe.parallel, pick_device(device)) as world:
+    with (
+        watching(recipe.parallel, out) as watch,
+        parallel.world(recipe.parallel, pick_device(device), watch.store) as world,
+    ):
         target = world.device
         _check_parts(config, world)
         cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)

@@ -60,6 +60,7 @@ class Watch:
     verdict: Verdict | None = None
     step: int = 0
     started: bool = False
+    store: Any = None  # of this start only: torchrun's own outlives its restarts, with the addresses of who is gone
     _store: Any = None  # which ends with the first process' last use of it
     _connection: Connection | None = None
     _since: float = field(default_factory=time.monotonic)  # the last step's end, or the start
@@ -223,6 +224,7 @@ def _join(watch: Watch) -> threading.Thread | None:
     finally:
         late.cancel()
     watch.first, watch._connection = Member(**place["first"]), connection
+    watch.store = dist.PrefixStore(place["token"], watch._store)
     send(connection, {"token": place["token"], **asdict(watch.own)})
     _started(watch.listen)
     return hub
