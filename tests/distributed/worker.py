@@ -139,19 +139,25 @@ def muon(world: parallel.World, config: ParallelConfig) -> dict[str, float]:
 
 def lowered(world: parallel.World, config: ParallelConfig) -> float:
     """The least cosine of a matrix' gradient in bfloat16 with one process' in float32, some loops having none."""
-    found = []
-    for where, how, precision in ((world, config, "bf16"), (parallel.ALONE, ParallelConfig(), "fp32")):
+
+    def gradients(where: parallel.World, how: ParallelConfig, **settings: Any) -> dict[str, Tensor]:
         kind: Any = HEADS | KINDS["experts, tied"] | {"n_recurrent_layers": config.pipeline}
         model = RecurrentDepthTransformer(model_config(**kind)).train()
-        config_of_training = train_config(batch_size=8, microbatch_size=4, backprop_loops=2, precision=precision)
-        where.shard(model, how, precision)
-        accumulate(model, Plan.of(batch(n=8, length=16), config_of_training, 0), config_of_training, where)
+        given = train_config(batch_size=8, microbatch_size=4, backprop_loops=2, **settings)
+        where.shard(model, how, given.precision)
+        accumulate(model, Plan.of(batch(n=8, length=16), given, 0), given, where)
         where.finish_gradients(model)
-        found.append({name: parallel.whole(p.grad) for name, p in model.named_parameters() if p.ndim > 1})
-    ours, alone = found
-    pairs = [(x.flatten(), alone[name].flatten()) for name, x in ours.items() if alone[name].any()]
-    assert len(pairs) > 8
-    return min(float(torch.cosine_similarity(*pair, 0)) for pair in pairs)
+        return {name: parallel.whole(p.grad).flatten() for name, p in model.named_parameters() if p.ndim > 1}
+
+    alone = gradients(parallel.ALONE, ParallelConfig())
+    ours = gradients(world, config, precision="bf16")
+    again = gradients(world, config, precision="bf16", checkpoint_activations=True)
+    assert all(torch.equal(x, again[name]) for name, x in ours.items())
+    found = [torch.cosine_similarity(x, alone[name], 0) for name, x in ours.items() if alone[name].any()]
+    assert len(found) > 8
+    least = torch.stack(found).min()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return float(least)
 
 
 def gathers(world: parallel.World, gather: Gather) -> dict[str, dict[str, int]]:
@@ -234,6 +240,7 @@ def layouts(size: int) -> dict[str, ParallelConfig]:
         "expert, context": ParallelConfig(expert=2, context=2),
         "pipeline, expert": ParallelConfig(pipeline=2, expert=2, gather="loop"),
         "pipeline, tensor": ParallelConfig(pipeline=2, tensor=2),
+        "pipeline of four": ParallelConfig(pipeline=4),
     }
 
 

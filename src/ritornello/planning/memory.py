@@ -1,10 +1,10 @@
 """Memory of one process in a training step, by part, at the moment when it needs most.
 
-Weights are float32 masters, gradients float32. Autograd adds up the gradients of a weight that every loop uses before
-it hands them on, so those of all looped layers wait whole, in each process, until the first loop has been passed.
-Under autocast one process alone keeps a weight's bfloat16 copy for the whole step; experts are copied anew by each
-loop, and each copy is kept for its loop's backward pass, unless activations are computed again. Several processes put
-the layers' matrices together in bfloat16, and copy none.
+Weights are float32 masters, their gradients float32 once a backward pass is through. Autograd adds up the gradients of
+a weight that every loop uses before it hands them on, so those of all looped layers wait whole, in each process, until
+the first loop has been passed. Under autocast one process alone keeps a weight's bfloat16 copy for the whole step;
+experts are copied anew by each loop, and each copy is kept for its loop's backward pass, unless activations are
+computed again. Several processes put the layers' matrices together in bfloat16, and copy none.
 """
 
 from dataclasses import dataclass, replace

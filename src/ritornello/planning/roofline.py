@@ -112,7 +112,7 @@ def weights_sent(recipe: Recipe, layout: Layout) -> Sent:
     load = Load.of(recipe, layout)
     most = 0 if recipe.model.is_plain else _deepest(recipe)
     times = 1 if layout.gather == "step" else most + load.deepest
-    low = 2 if recipe.train.precision == "bf16" else FLOAT
+    low = Moments.of(recipe, layout, fused=True).keeps.low
     n_bytes = low * ((whole.experts + whole.block) * times + 2 * whole.once) + FLOAT * whole.root
     return Sent(n_bytes * recipe.train.accumulation, layout.tensor * layout.n_shards)
 

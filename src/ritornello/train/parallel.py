@@ -155,8 +155,8 @@ class World:
         parameters, gradients and optimizer states over all others (FSDP2), a layer at a time.
 
         `gather` says how often the looped layers are put together: "step": once, and held until gradients are known;
-        "loop": for each loop and again on the way back. bf16: their matrices are put together as autocast would
-        multiply them, which keeps no copy of what it knows only a view of; norms and routers stay in float32.
+        "loop": for each loop and again on the way back. bf16: matrices of layers are put together in bfloat16, since
+        autocast keeps no copies of views, as FSDP2's whole weights are; norms and routers stay in float32.
         """
         if self.meshes is None:
             return
@@ -333,15 +333,22 @@ def meshes(config: ParallelConfig, device: torch.device) -> Meshes:
 
 
 def _ring(cut: Meshes, device: torch.device) -> pipeline.Stage:
-    """The stages that this process hands states to and gets them from."""
+    """The stages that this process hands states to and gets them from.
+
+    Every process asks for every group, in one order: torch counts them to name them, and nccl splits what all have.
+    """
     group = cut.stages["pipeline"].get_group()
-    ranks, stage, n = dist.get_process_group_ranks(group), dist.get_rank(group), dist.get_world_size(group)
-    own: Any = {"use_local_synchronization": True, "timeout": PATIENCE}  # others need not ask for these groups
-    control = group if device.type == "cpu" else dist.new_group(ranks, backend="gloo", **own)
-    ways = sorted(
-        {(i, (i + way) % n) for i in range(n) for way in (1, -1)}
-    )  # in one order, or members wait for each other
-    hops = {way: dist.new_group([ranks[i] for i in way], **own) for way in ways if stage in way}
+    stage, n = dist.get_rank(group), dist.get_world_size(group)
+    ways = sorted({(i, (i + way) % n) for i in range(n) for way in (1, -1)})
+    control, hops = group, {}
+    for ranks in cut.stages.mesh.T.tolist():
+        own = dist.get_rank() in ranks
+        if device.type != "cpu":
+            found = dist.new_group(ranks, backend="gloo", timeout=PATIENCE)
+            control = found if own else control
+        for way in ways:
+            found = dist.new_group([ranks[i] for i in way], timeout=PATIENCE)
+            hops |= {way: found} if own and stage in way else {}
     return (pipeline.Stage if stage else pipeline.Conductor)(group, control, device, stage, n, hops)
 
 
@@ -361,7 +368,7 @@ def _shard(
     once: bool | None = None,
     **how: Any,
 ) -> None:
-    """One FSDP2 group. once: put together once a step, and held; None: with the model's own."""
+    """One FSDP2 group. once: put together once a step, and held; None: as FSDP2 does with what is outermost."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     low, full = (torch.bfloat16, torch.float32) if precision == "bf16" else (None, None)

@@ -8,9 +8,10 @@ know.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Condition, Thread, get_ident
+from threading import Condition, get_ident
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.noise import Key
 from ritornello.ops.routing import Chosen, expert_load
 from ritornello.train.ring import TYPES, Call, Ring
-from ritornello.train.watch import PASS
+from ritornello.train.watch import Helper
 
 
 def divide(model: RecurrentDepthTransformer, stage: "Stage") -> None:
@@ -114,10 +115,10 @@ class Conductor(Stage):
         model.prelude = self._prelude  # pyrefly: ignore
         for layer in model.recurrent:
             layer.register_forward_hook(lambda _, inputs, found: (found[0], self._in_turn(found[1])))
-        first, *_, last = *model.recurrent, *model.recurrent
+        layers = list(model.recurrent)
         # a loop that is the first with a gradient has no state that came: its way back waits for its turn here
-        first.register_forward_pre_hook(lambda _, inputs: (self.passed(inputs[0]), *inputs[1:]))
-        last.register_forward_hook(lambda _, inputs, found: (self._around(found[0], inputs[1]), found[1]))
+        layers[0].register_forward_pre_hook(lambda _, inputs: (self.passed(inputs[0]), *inputs[1:]))
+        layers[-1].register_forward_hook(lambda _, inputs, found: (self._around(found[0], inputs[1]), found[1]))
 
     def _in_turn(self, routed: Routed | None) -> Routed | None:
         """Its loss is undone with its layer, which else would be computed again before its turn."""
@@ -177,27 +178,33 @@ class Conductor(Stage):
                 self._chains.pop(get_ident())
                 turns.next(i, done=True)
 
-        threads = [Thread(target=run, args=(i,), name=f"{PASS}{i}") for i in range(len(works))]
+        threads = [Helper(target=run, args=(i,)) for i in range(len(works))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        try:
-            self.dismiss()
-        finally:  # an error of this stage's own says more than that another one is gone
+        with self._dismissing():
             if errors:
                 raise errors[0]
         return found
 
     def led(self, model: RecurrentDepthTransformer, work: Callable[[], Any]) -> Any:
         """What `work` gives, which runs the model; the other stages serve until then."""
-        try:
+        with self._dismissing():
             return work()
-        finally:
-            self.dismiss()
+
+    @contextmanager
+    def _dismissing(self) -> Iterator[None]:
+        """No more calls after this; its own error says more than that another stage is gone."""
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):
+                self.dismiss()
+            raise
+        self.dismiss()
 
     def dismiss(self) -> None:
-        """No more calls."""
         self.say(Call(), torch.empty(0, dtype=torch.int64))
 
 

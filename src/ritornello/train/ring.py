@@ -63,9 +63,7 @@ class Ring:
     device: torch.device
     stage: int
     n: int
-    hops: Mapping[
-        tuple[int, int], Any
-    ]  # from stage to stage: a group of the two, as nccl does one thing at a time in each
+    hops: Mapping[tuple[int, int], Any]  # groups of two, from stage to stage: nccl does one thing at a time in each
     token: Tensor | None = None  # through which all that is sent hangs together
     _sent: deque[tuple[Any, Tensor]] = field(default_factory=deque)
 

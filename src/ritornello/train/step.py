@@ -123,9 +123,9 @@ class Micro:
 
     @staticmethod
     def of(
-        plan: Plan, train: TrainConfig, table: dict[str, float], rows: slice, pieces: Pieces, world: World
+        plan: Plan, train: TrainConfig, table: dict[str, float], everyones: slice, pieces: Pieces, world: World
     ) -> "Micro":
-        part, deepest = world.part(rows), int(plan.counts[rows].max())
+        part, deepest = world.part(everyones), int(plan.counts[everyones].max())
         shares = plan.shares(part, pieces, world.n_stages)
         return Micro(plan, train, table, part, pieces, deepest, shares, world.ring is not None)
 

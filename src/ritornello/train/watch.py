@@ -37,9 +37,12 @@ from ritornello.train.hub import (
 KEY = "ritornello/watch"  # in the store that the processes meet at: where the first one listens
 GRACE = 20.0  # seconds for a process to leave by itself: torchrun ends it after 30
 STALLED = 3  # the exit code of a process that stops for another one's sake
-PASS = "pass "  # how names of threads begin that the training thread waits for
 STACK = 2  # standard error, where the stacks of a run that hangs are written to
 logger = logging.getLogger("ritornello")
+
+
+class Helper(threading.Thread):
+    """A thread that the training thread waits for."""
 
 
 class StoppedError(RuntimeError):
@@ -262,8 +265,8 @@ def _started(work: Callable[[], None]) -> threading.Thread:
 def _place(thread: int | None) -> tuple[str, bool]:
     """Where a thread, or one that it waits for, is, by its innermost line of this package; whether it waits for other
     processes there."""
-    frames, others = sys._current_frames(), threading.enumerate()
-    helpers = [each.ident for each in others if each.name.startswith(PASS)]
+    frames = sys._current_frames()
+    helpers = [each.ident for each in threading.enumerate() if isinstance(each, Helper)]
     places = [_of(frames.get(each or 0)) for each in (*helpers, thread)]
     return next((place for place in places if place[1]), places[-1])
 
