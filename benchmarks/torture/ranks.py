@@ -184,11 +184,14 @@ def judged(subject: Subject, run: Run, out: Path, victim: int, killed: float) ->
 
 
 def dead(subject: Subject, index: int, whole: float) -> Trial | None:
-    """One of two, killed at a random moment; None if that was too late. Resumed, it comes to the same end."""
+    """One of two, killed at a random moment after they have met; None if that was too late. Resumed, it comes to the same
+    end."""
     rng, out = random.Random(index), subject.folder / "dead"
     shutil.rmtree(out, ignore_errors=True)
-    run, victim = Run(subject, out), rng.randrange(SIZE)
-    time.sleep(rng.uniform(0, whole))
+    begun, run, victim = time.monotonic(), Run(subject, out), rng.randrange(SIZE)
+    while not out.exists():  # who dies before is missed as one that never starts, by all after five minutes
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, max(0.0, whole - (time.monotonic() - begun))))
     pid, status = os.waitpid(run.pids[victim], os.WNOHANG)
     if pid:
         run.codes[victim] = os.waitstatus_to_exitcode(status)

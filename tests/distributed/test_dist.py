@@ -46,8 +46,7 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         run.terminate()  # and it, those that it started
         run.wait()
     assert run.returncode == 0, said[-8000:]
-    for name in ("together first", "pipeline first"):
-        train(given, out=folder / name, cache_dir=folder, resume=True)
+    train(given, out=folder / handed_on(folder), cache_dir=folder, resume=True)
     yield json.loads((folder / "results.json").read_text()), folder
 
 
@@ -79,6 +78,8 @@ def test_in_bfloat16_every_matrix_has_its_gradient(launched: tuple[Any, Path]) -
 
 def test_muon_takes_the_same_step_as_far_as_bfloat16_goes(launched: tuple[Any, Path]) -> None:
     """Its iterates are in bfloat16, and products of parts are rounded otherwise."""
+    if not launched[0]["muon"]:
+        pytest.skip("of two processes")
     for found in launched[0]["muon"].values():
         assert len(found) > 10 and max(found.values()) < 0.1, found
 
@@ -96,7 +97,7 @@ def test_a_run_is_that_of_one_process(launched: tuple[Any, Path]) -> None:
     """In float32: equal up to rounding, whoever began it and whoever went on."""
     _, folder = launched
     alone = checkpoint.load(folder / "alone")
-    for name in ("together", "alone first", "together first", "pipeline first"):
+    for name in ("together", "alone first", handed_on(folder)):
         found = checkpoint.load(folder / name)
         assert found.manifest.step == 8
         assert far(found.model_state, alone.model_state) < 5e-3  # Adam divides rounding by what is hardly more
@@ -147,6 +148,11 @@ def test_several_processes_write_parts_and_one_a_whole(launched: tuple[Any, Path
     assert found.manifest.format == checkpoint.FORMAT
     assert far(found.model_state, parts.model_state) == 0
     assert far(load(folder / "together", device="cpu").model.state_dict(), found.model_state) == 0
+
+
+def handed_on(folder: Path) -> str:
+    """The run that several processes began, for one to go on with."""
+    return next(name for name in ("together first", "pipeline first") if (folder / name).exists())
 
 
 def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
