@@ -22,7 +22,7 @@ TIMEOUT = 1800  # seconds, beside other tests on two cores
 Found = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=[2])  # and 4: see `OF_FOUR`, which takes as long again
+@pytest.fixture(scope="module", params=[2, 4])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each case came to."""
     folder, size = tmp_path_factory.mktemp(f"of-{request.param}"), request.param
