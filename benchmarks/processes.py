@@ -29,7 +29,7 @@ from ritornello.train.step import train_step
 
 SIZE, N_LOOPS, LENGTH = 2, 8, 256
 MODELS: dict[str, Callable[[], ModelConfig]] = {
-    "S1": lambda: replace(mixture("S1", n_loops=N_LOOPS), halting="none", read_out="last"),
+    "S1": lambda: replace(mixture("S1", n_loops=N_LOOPS), ffn_dim=340, halting="none", read_out="last"),
     "S3": lambda: dense(n_loops=N_LOOPS),
 }
 LAYOUTS = {

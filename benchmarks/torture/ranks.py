@@ -184,8 +184,7 @@ def judged(subject: Subject, run: Run, out: Path, victim: int, killed: float) ->
 
 
 def dead(subject: Subject, index: int, whole: float) -> Trial | None:
-    """One of two, killed at a random moment after they have met; None if that was too late. Resumed, it comes to the same
-    end."""
+    """One of two, killed at a random moment after they have met, None if that was too late; and resumed."""
     rng, out = random.Random(index), subject.folder / "dead"
     shutil.rmtree(out, ignore_errors=True)
     begun, run, victim = time.monotonic(), Run(subject, out), rng.randrange(SIZE)
@@ -250,12 +249,13 @@ def asked(subject: Subject, index: int, whole: float) -> Trial | None:
     while not subject.logged(out):
         time.sleep(0.01)
     time.sleep(rng.uniform(0, whole / 2))
+    signum = (signal.SIGTERM, signal.SIGINT)[index % 2]
     for pid in run.pids:
-        os.kill(pid, (signal.SIGTERM, signal.SIGINT)[index % 2])
+        os.kill(pid, signum)
     sent = time.monotonic()
     codes = run.wait()
-    if set(codes.values()) == {0}:
-        return None
+    if set(codes.values()) <= {0, -signum} and not subject.problem(out, least=STEPS):
+        return None  # all had been done
     problems = [] if codes == dict.fromkeys(range(SIZE), 130) else [f"exit codes {codes}"]
     problems += [] if sum("saved in" in run.text(rank) for rank in range(SIZE)) == 1 else ["not said once"]
     problem = subject.problem(out, least=subject.logged(out))
