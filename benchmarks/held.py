@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ritornello.config import Recipe
+from ritornello.config import ModelConfig, Recipe
 from ritornello.model import attention as attention_module
 from ritornello.model import moe
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -87,7 +87,7 @@ def measured(recipe: Recipe) -> Measured:
     """Of the second step of a new model, on random tokens: the first one makes the optimizers' states."""
     train, model = recipe.train, RecurrentDepthTransformer(recipe.model).train()
     optimizers = build_optimizers(model, train)
-    data = random_batch(recipe)
+    data = random_batch(recipe.model, recipe.train.batch_size, recipe.data.seq_len)
     train_step(model, optimizers, data, train=train, step=0)
     for parameter in model.parameters():
         parameter.grad = None
@@ -101,11 +101,10 @@ def measured(recipe: Recipe) -> Measured:
     return Measured(*map(_bytes, (weights, gradients, states)), live.before_backward - rest, live.peak)
 
 
-def random_batch(recipe: Recipe) -> Batch:
+def random_batch(config: ModelConfig, n_rows: int, length: int) -> Batch:
     """Rows of one document each."""
-    shape = recipe.train.batch_size, recipe.data.seq_len
-    tokens, labels = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (2, *shape))
-    return Batch(tokens, labels, np.zeros(shape, np.int64), np.arange(shape[0]), np.full(shape[0], shape[1]))
+    tokens, labels = np.random.default_rng(0).integers(0, config.vocab_size, (2, n_rows, length))
+    return Batch(tokens, labels, np.zeros_like(tokens), np.arange(n_rows), np.full(n_rows, length))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -14,16 +14,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.held import random_batch
 from benchmarks.shapes import dense, mixture, training
 from benchmarks.timing import paired
 from ritornello.config import ModelConfig, ParallelConfig, TrainConfig
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import parallel
-from ritornello.train.data import Batch
 from ritornello.train.optim import build_optimizers
 from ritornello.train.step import train_step
 
@@ -51,17 +50,12 @@ def rows(shape: str, *, n: int) -> Iterator[dict[str, Any]]:
         yield from json.loads(out.read_text())
 
 
-def batch(c: ModelConfig, n_rows: int, length: int) -> Batch:
-    tokens, labels = np.random.default_rng(0).integers(0, c.vocab_size, (2, n_rows, length))
-    return Batch(tokens, labels, np.zeros_like(tokens), np.arange(n_rows), np.full(n_rows, length))
-
-
 def step(world: parallel.World, config: ParallelConfig, c: ModelConfig, how: TrainConfig) -> Callable[[], object]:
     """Train for one step with the others of `world`, or alone on this process' share of the rows."""
     n_rows = how.batch_size if world is not parallel.ALONE else how.batch_size // SIZE
     model = RecurrentDepthTransformer(c).train()
     world.shard(model, config, how.precision)
-    optimizers, data = build_optimizers(model, how), batch(c, n_rows, LENGTH)
+    optimizers, data = build_optimizers(model, how), random_batch(c, n_rows, LENGTH)
 
     def work() -> None:
         train_step(model, optimizers, data, train=how, step=1, world=world)

@@ -97,22 +97,29 @@ def difference(ours: dict[str, Tensor], alone: dict[str, Tensor]) -> float:
     return float(largest[0])
 
 
-def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
-    """By kind and number of steps: how far metrics and parameters are from one process' own."""
-    single, cases = world.size == 2, []  # one way of sharing the work
+Case = tuple[str, str, int, dict[str, Any]]  # name, kind of model, steps, settings of training
+
+
+def cases(config: ParallelConfig, size: int) -> list[Case]:
+    """What a layout is tried with: all kinds where it is one way of sharing the work, a few where it is several."""
+    single, found = size == 2, []
     if single and config.gather == "step" and config.replicate == 1:
-        cases = [
-            (f"{kind}, {STEPS}", kind, STEPS, {}) for kind in (LONG if config == ParallelConfig(shard=2) else LONG[:1])
-        ]
+        long = LONG if config == ParallelConfig(shard=2) else LONG[:1]
+        found += [(f"{kind}, {STEPS}", kind, STEPS, {}) for kind in long]
     left_out = {"plain"} if config.pipeline > 1 else {"plain", "dense"} if config.expert > 1 else set()
     kinds = [kind for kind in KINDS if kind not in left_out]
-    cases += [(kind, kind, 1, {}) for kind in (kinds if single else FEW)]
-    cases += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items() if single]
+    found += [(kind, kind, 1, {}) for kind in (kinds if single else FEW)]
+    found += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items() if single]
     if config.pipeline > 1:  # more than are on their way together
         all_at_once = {"microbatch_size": 2, "backprop_loops": 2, "checkpoint_activations": True}
-        cases.append(("many micro-batches", "experts, tied", 1, all_at_once))
+        found.append(("many micro-batches", "experts, tied", 1, all_at_once))
+    return found
+
+
+def equality(world: parallel.World, config: ParallelConfig) -> dict[str, Any]:
+    """By kind and number of steps: how far metrics and parameters are from one process' own."""
     found = {}
-    for name, kind, steps, settings in cases:
+    for name, kind, steps, settings in cases(config, world.size):
         how: Any = {"steps": steps, "packed": kind != "plain"}  # packed: some rows have fewer tokens than others
         ours, theirs = both(world, config, kind, **how, **settings)
         assert ours[0][0].keys() == theirs[0][0].keys()

@@ -46,7 +46,8 @@ def test_a_layout_of_another_size_is_refused(
     with (
         pytest.raises(
             ValueError,
-            match=rf"parallel\.pipeline x replicate x .*as many processes as there are \({there}\)",
+            match=r"parallel\.pipeline x replicate x shard x context x tensor = "
+            rf".*as many processes as there are \({there}\)",
         ),
         world(ParallelConfig(replicate=replicate, shard=shard), CPU),
     ):

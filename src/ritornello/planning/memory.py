@@ -133,7 +133,7 @@ class Moments:
 
     @staticmethod
     def of(recipe: Recipe, layout: Layout, *, fused: bool) -> "Moments":
-        keeps = Keeps(2 if recipe.train.precision == "bf16" else FLOAT, fused, layout.tensor, layout.context)
+        keeps = Keeps(low(recipe.train), fused, layout.tensor, layout.context)
         sizes, load = Sizes.of(recipe.model), Load.of(recipe, layout)
         per_token = kept(recipe.model, keeps)
         held, whole = sizes.held(layout), sizes.whole(layout)
@@ -152,6 +152,11 @@ class Moments:
             "the embedding's gradients": self.at_embedding(),
             "the optimizer": self.at_optimizer(),
         }
+
+    @property
+    def alone(self) -> bool:
+        """Nothing is put together from others."""
+        return self.layout.n_processes == 1
 
     @property
     def n_recurrent(self) -> int:
@@ -177,7 +182,7 @@ class Moments:
 
     @cached_property
     def gathered(self) -> float:
-        if self.layout.n_processes == 1:
+        if self.alone:
             return 0
         looped, n = self.whole.experts + self.whole.block, self.n_recurrent
         if self.layout.gather == "loop":
@@ -193,7 +198,7 @@ class Moments:
     @property
     def copied(self) -> int:
         """Bytes of a number's copy."""
-        return self.keeps.low * self.keeps.lowered * (self.layout.n_processes == 1)
+        return self.keeps.low * self.keeps.lowered * self.alone
 
     def activations(self, *, coda: bool = True, loops: float | None = None) -> float:
         """loops: with a gradient that are left, None: all. One is whole where they are computed again."""
@@ -248,11 +253,10 @@ class Moments:
         activations = self.activations(coda=False, loops=load.loops * (1 - done / max(1, load.deepest)))
         if self.train.checkpoint_activations:
             activations += load.n_tokens * (kept.loop - kept.entering)
-        alone = self.layout.n_processes == 1
-        waiting = (FLOAT if alone else self.keeps.low) * self.whole.experts + self.keeps.low * self.whole.block
+        waiting = (FLOAT if self.alone else self.keeps.low) * self.whole.experts + self.keeps.low * self.whole.block
         coda = FLOAT * self.held.once * self.config.n_coda_layers / max(1, self.n_once)
         layer, largest = (self.whole.experts + self.whole.block) / n, 2 / 3 * self.whole.experts / n
-        adding = 2 * FLOAT * largest * (not first) if alone else FLOAT * layer
+        adding = 2 * FLOAT * largest * (not first) if self.alone else FLOAT * layer
         return self.resting(
             gradients=self.earlier() + waiting + coda,
             gathered=self.gathered,
@@ -290,11 +294,15 @@ class Moments:
     @cached_property
     def rooted(self) -> float:
         """What is put together while the first layers have their turn."""
-        alone = self.layout.n_processes == 1
-        return 0 if alone else FLOAT * self.whole.root + self.keeps.low * self.whole.once / max(1, self.n_once)
+        return 0 if self.alone else FLOAT * self.whole.root + self.keeps.low * self.whole.once / max(1, self.n_once)
 
     def at_optimizer(self) -> Memory:
         return self.resting(gradients=FLOAT * self.held.total)
+
+
+def low(train: TrainConfig) -> int:
+    """Bytes of a number that products read."""
+    return 2 if train.precision == "bf16" else FLOAT
 
 
 @cache

@@ -10,7 +10,7 @@ from ritornello.accounting import flops_per_token
 from ritornello.config import Recipe
 from ritornello.planning.hardware import ATTAINABLE, LINK_SHARE, MEMORY_SHARE, Gpu
 from ritornello.planning.layout import Layout
-from ritornello.planning.memory import FLOAT, Load, Moments, Sizes
+from ritornello.planning.memory import FLOAT, Load, Moments, Sizes, low
 
 UPDATE = 7 * FLOAT  # bytes a parameter: weight and two moments read and written, gradient read
 
@@ -82,9 +82,9 @@ def moved(recipe: Recipe, layout: Layout) -> float:
     step = Moments.of(recipe, layout, fused=True)
     mean, trained = depth(recipe)
     passes = mean + trained * (2 + recipe.train.checkpoint_activations)
-    low, whole = step.keeps.low, step.whole
-    converted = (FLOAT + low) * (step.copied > 0) * whole.experts * (mean + trained)
-    weights = low * (passes * (whole.experts + whole.block) + 3 * (whole.once + whole.root)) + converted
+    each, whole = step.keeps.low, step.whole
+    converted = (FLOAT + each) * (step.copied > 0) * whole.experts * (mean + trained)
+    weights = each * (passes * (whole.experts + whole.block) + 3 * (whole.once + whole.root)) + converted
     return recipe.train.accumulation * (weights + 4 * step.activations()) + UPDATE * step.held.total
 
 
@@ -112,8 +112,7 @@ def weights_sent(recipe: Recipe, layout: Layout) -> Sent:
     load = Load.of(recipe, layout)
     most = 0 if recipe.model.is_plain else _deepest(recipe)
     times = 1 if layout.gather == "step" else most + load.deepest
-    low = Moments.of(recipe, layout, fused=True).keeps.low
-    n_bytes = low * ((whole.experts + whole.block) * times + 2 * whole.once) + FLOAT * whole.root
+    n_bytes = low(recipe.train) * ((whole.experts + whole.block) * times + 2 * whole.once) + FLOAT * whole.root
     return Sent(n_bytes * recipe.train.accumulation, layout.tensor * layout.n_shards)
 
 
@@ -144,7 +143,7 @@ def _passes(recipe: Recipe) -> tuple[float, float]:
 def _step_bytes(recipe: Recipe, layout: Layout, width: float) -> float:
     """Of a step's tokens in one process, at `width` numbers a token as products read them."""
     n_tokens = recipe.train.batch_size * recipe.data.seq_len / layout.n_readers / layout.context
-    return n_tokens * width * (2 if recipe.train.precision == "bf16" else FLOAT)
+    return n_tokens * width * low(recipe.train)
 
 
 def tensor_sent(recipe: Recipe, layout: Layout) -> Sent:

@@ -354,28 +354,27 @@ def _ring(cut: Meshes, device: torch.device) -> pipeline.Stage:
 
 def _shard_layer(layer: nn.Module, mesh: "DeviceMesh", precision: Precision, *, once: bool = False) -> None:
     """In bf16, two groups: that of the matrices, and that of what is float32 always."""
-    exact: list[nn.Module] = [each for each in layer.modules() if isinstance(each, RMSNorm | Router)]
     if precision == "bf16":
-        _shard(exact, mesh, once=once)
+        _shard([each for each in layer.modules() if isinstance(each, RMSNorm | Router)], mesh, once=once)
     _shard(layer, mesh, precision, once=once)
 
 
 def _shard(
-    modules: nn.Module | list[nn.Module],
+    modules: Any,
     mesh: "DeviceMesh",
     precision: Precision = "fp32",
     *,
     once: bool | None = None,
     **how: Any,
 ) -> None:
-    """One FSDP2 group. once: put together once a step, and held; None: as FSDP2 does with what is outermost."""
+    """One FSDP2 group, of a module or a list. once: put together once a step, and held; None: as what is outermost."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     low, full = (torch.bfloat16, torch.float32) if precision == "bf16" else (None, None)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=full, cast_forward_inputs=False)
     fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=None if once is None else not once, **how)
     for module in modules if isinstance(modules, list) else [modules]:
-        module.set_reshard_after_backward(not once, recurse=False)  # pyrefly: ignore
+        module.set_reshard_after_backward(not once, recurse=False)
 
 
 def replicated(model: RecurrentDepthTransformer) -> dict[str, nn.Parameter]:

@@ -83,9 +83,8 @@ def train(
             require(ok, "out", str(out), "a directory without a run", "resume it, or choose another")
             if found is None and config.warm_start:
                 warm_start(model, config.warm_start, tokenizer_json=dataset.tokenizer.to_json())
-            world.shard(
-                model.train(), recipe.parallel, recipe.train.precision
-            )  # layer by layer: the whole may fit nowhere
+            # layer by layer: the whole may fit nowhere
+            world.shard(model.train(), recipe.parallel, config.precision)
             model.to(target)
             reset_peak_memory(target)
             trainer = Trainer(recipe, dataset, model, build_optimizers(model, config), saver, world)
