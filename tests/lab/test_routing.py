@@ -34,7 +34,7 @@ def with_signals(arm: str) -> Any:
     model = build(tiny(arm))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("lora_B", "loop_embedding_scale")):
+            if name.endswith(("loop_B", "loop_embedding_scale")):
                 weight.fill_(1.0)
     return model
 

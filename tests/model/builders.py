@@ -153,7 +153,7 @@ def stir(model: nn.Module, seed: int = 0) -> None:
     """Move parameters that start at a constant away from it, or what they multiply would go untested."""
     generator = torch.Generator().manual_seed(seed)
     constant = (
-        "lora_B",
+        "loop_B",
         "norm.weight",
         "bias",
         "scale",

@@ -73,8 +73,8 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 def linear(module: nn.Module, x: Tensor, table: int) -> Tensor:
     y = module.weight @ x
-    if getattr(module, "lora_A", None) is not None:
-        y = y + module.lora_B[table] @ (module.lora_A[table] @ x)
+    if getattr(module, "loop_A", None) is not None:
+        y = y + module.loop_B[table] @ (module.loop_A[table] @ x)
     return y
 
 

@@ -91,7 +91,7 @@ def test_bound_counts_the_parts() -> None:
     base = wild({"ffn": "dense"})
     before = base.state_bound(64)
     for name in (
-        "recurrent.0.self_attn.o_proj.lora_B",
+        "recurrent.0.self_attn.o_proj.loop_B",
         "recurrent.0.mlp.down_proj.weight",
         "recurrent.0.self_attn.v_proj.weight",
         "injection.B",

@@ -65,7 +65,7 @@ def test_weights_follow_from_the_seed(row: dict) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert all(torch.equal(states[0][name], states[2][name]) for name in states[0])
     drawn = [n for n, p in model.named_parameters() if p.ndim > 1 and not torch.equal(states[0][n], states[3][n])]
-    constant = ("lora_B", "injection.B", "injection.weight", "mixing", "head.linear.weight", "translator.weight")
+    constant = ("loop_B", "injection.B", "injection.weight", "mixing", "head.linear.weight", "translator.weight")
     left = {n for n, p in model.named_parameters() if p.ndim > 1} - set(drawn)
     assert all(name.endswith(constant) for name in left), left
 

@@ -24,15 +24,15 @@ ADAMW = {  # parts of a name that Muon never sees, and whether AdamW decays them
     "probe": False,
     "halting": False,
     "head": True,
-    "lora_A": True,
-    "lora_B": True,
+    "loop_A": True,
+    "loop_B": True,
     "experts.gate_up_proj": True,
     "experts.down_proj": True,
 }
 
 
 def expected(name: str, parameter: nn.Parameter) -> str:
-    if "shared_experts" in name and "lora" not in name:
+    if "shared_experts" in name and "loop_" not in name:
         return "muon"
     found = [decays for part, decays in ADAMW.items() if part in name]
     if found:

@@ -110,6 +110,6 @@ def mixture_bound(mlp: MixtureOfExperts, x: float) -> float:
 
 def _merged(linear: Linear) -> Tensor:
     """(L, out, in): the matrix of each loop; L = 1 without low-rank deltas."""
-    if linear.lora_A is None or linear.lora_B is None:
+    if linear.loop_A is None or linear.loop_B is None:
         return linear.weight[None]
-    return linear.weight.float() + linear.lora_B.float() @ linear.lora_A.float()
+    return linear.weight.float() + linear.loop_B.float() @ linear.loop_A.float()

@@ -3,7 +3,7 @@
 Matrices: normal of variance 2 / (5 · fan_in), truncated at 3 standard deviations (small init, 2312.16903 §3; there for
 fan_in = D alone). Projections back into the residual stream: divided by √(2 · n_eff), n_eff the effective depth of a
 looped model (as Huginn, 2502.05171, with the decay of an LTI carry taken into account), or zero (Parcae 2604.12946).
-Norms start at 1, `lora_B` at 0, token embeddings have variance 1 if asked. A module's `reset` sets what else it holds.
+Norms start at 1, `loop_B` at 0, token embeddings have variance 1 if asked. A module's `reset` sets what else it holds.
 """
 
 import math
@@ -29,7 +29,7 @@ def initialize(model: "RecurrentDepthTransformer", seed: int) -> None:
             weight.fill_(1)
         elif name.startswith(unit):  # loop embeddings: of the size of the states that their scale, from 0, adds them to
             weight.normal_(generator=generator)
-        elif name.endswith("lora_B") or std == 0:
+        elif name.endswith("loop_B") or std == 0:
             weight.zero_()
         else:
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)

@@ -258,6 +258,7 @@ def training_state(
         case {"optimizer": dict(scalars), "trainer": dict(trainer)}:
             for older in range(checkpoint.manifest.format, FORMAT):
                 trainer = MIGRATIONS[older](trainer)
+            scalars = {tensors.renamed(name): x for name, x in scalars.items()}
             scalars = {name: x for name, x in scalars.items() if rest or layout(name) is not None}
             return {**checkpoint.stored("optimizer").read(layout, rest=rest), **scalars}, trainer
     raise ValueError(f"{source}: must hold an optimizer's and a trainer's state")

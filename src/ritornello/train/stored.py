@@ -113,7 +113,7 @@ class Stored:
         for key, entry in about.items():
             name, part = (key, parts.whole(entry["shape"])) if shapes is None else _part(key, entry["shape"], path)
             shape = part.shape if shapes is None else _shape(shapes, name, path)
-            self._add(name, Piece(part, path, key), entry["dtype"], shape)
+            self._add(tensors.renamed(name), Piece(part, path, key), entry["dtype"], shape)
         self._owners |= tensors.ties({"__metadata__": metadata}, about, path)
 
     def _add(self, name: str, piece: Piece, dtype: str, shape: tuple[int, ...]) -> None:

@@ -27,6 +27,7 @@ DTYPES = {  # by the format's names, in the format's order
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+RENAMED = {".lora_A": ".loop_A", ".lora_B": ".loop_B"}  # parts of names, as they were before version 0.2
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
@@ -130,7 +131,15 @@ def read(path: Path) -> dict[str, Tensor]:
         tensors = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: not a valid safetensors file: {error}") from None
-    return tensors | {name: tensors[owner] for name, owner in ties(about, tensors, path).items()}
+    tensors |= {name: tensors[owner] for name, owner in ties(about, tensors, path).items()}
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def renamed(name: str) -> str:
+    """What a tensor is called now: its name in a file may be of an earlier version."""
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: object) -> None:

@@ -10,7 +10,7 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, tensors
 
 NEW_PARTS = ("halting.", "probe.")  # may be absent in the other run: they start as initialised
-LOOP_TABLES = (".lora_A", ".lora_B", "loop_embedding.weight")
+LOOP_TABLES = (".loop_A", ".loop_B", "loop_embedding.weight")
 
 
 def warm_start(model: RecurrentDepthTransformer, source: str, *, tokenizer_json: str) -> None:

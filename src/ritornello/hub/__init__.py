@@ -1,0 +1,12 @@
+"""At home in transformers: importing this makes its Auto classes know `ritornello` models."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from ritornello.hub.configuration import RitornelloConfig
+from ritornello.hub.modeling import RitornelloForCausalLM, RitornelloModel
+
+AutoConfig.register(RitornelloConfig.model_type, RitornelloConfig, exist_ok=True)
+AutoModel.register(RitornelloConfig, RitornelloModel, exist_ok=True)
+AutoModelForCausalLM.register(RitornelloConfig, RitornelloForCausalLM, exist_ok=True)
+
+__all__ = ["RitornelloConfig", "RitornelloForCausalLM", "RitornelloModel"]
