@@ -30,6 +30,8 @@ VERBS = {
     "train": ("Train", "train a model as a recipe says"),
     "generate": ("Generate", "continue a text with a trained model"),
     "calibrate": ("Calibrate", "find an exit threshold that keeps a stated risk"),
+    "eval": ("Eval", "score a model on lm-eval's tasks, at any number of loops"),
+    "export": ("Export", "write a model as transformers reads it"),
     "runs": ("Runs", "list, compare, consolidate and remove runs"),
     "lab": ("Lab", "test the claims: loops, depth, stability, halting"),
     "plan": ("Plan", "memory, layout and time of one training run"),

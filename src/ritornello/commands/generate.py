@@ -61,10 +61,10 @@ class Generate(Command):
         require(ok, "--draft-tokens", self.draft_tokens, "used with --draft-loops")
         constraint = self.constraint()
 
-        from ritornello.engine.generate import load, stream
-        from ritornello.recipes import find_model
+        from ritornello.commands.loading import open_model
+        from ritornello.engine.generate import stream
 
-        loaded, n_loops = load(find_model(self.path), device=self.device), self.loops
+        loaded, n_loops = open_model(self.path, device=self.device), self.loops
         if self.exit == CALIBRATED:
             from ritornello.engine.calibration import calibration_of
 

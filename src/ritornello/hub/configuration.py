@@ -82,8 +82,8 @@ class RitornelloConfig(PreTrainedConfig):
 
     def shape(self) -> ModelConfig:
         """The model's own configuration."""
-        values = {name: getattr(self, name) for name in SHAPE}
-        return ModelConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+        values: dict[str, Any] = {name: getattr(self, name) for name in SHAPE}
+        return ModelConfig(**values | {"lora_targets": tuple(self.lora_targets)})
 
     @classmethod
     def of(cls, shape: ModelConfig, **options: Any) -> "RitornelloConfig":
@@ -104,15 +104,15 @@ class RitornelloConfig(PreTrainedConfig):
         return exit_rule(self.exit_rule, self.exit_threshold, self.min_loops)
 
     @property
-    def base_model_tp_plan(self) -> Plan:
+    def base_model_tp_plan(self) -> Plan:  # pyrefly: ignore
         return tensor_plan(self.shape())
 
     @property
-    def base_model_ep_plan(self) -> Plan | None:
+    def base_model_ep_plan(self) -> Plan | None:  # pyrefly: ignore
         return expert_plan(self.shape())
 
     @property
-    def base_model_fsdp_plan(self) -> Plan:
+    def base_model_fsdp_plan(self) -> Plan:  # pyrefly: ignore
         return fsdp_plan(self.shape())
 
     @property

@@ -44,18 +44,22 @@ class RitornelloCausalLMOutput(CausalLMOutputWithPast):
 
 
 class RitornelloExperts(Experts):
-    """Experts of which expert parallelism may leave this process only the first `num_experts` of its part; choices of
-    others then come as a number beyond, with weight 0."""
+    """Experts of which expert parallelism may leave this process some: the first `num_experts` of a choice's numbers.
+    Choices of others then come as a number beyond, with weight 0."""
 
     num_experts: int
 
-    @staticmethod
-    def adopt(module: Experts) -> None:
-        module.num_experts = len(module.down_proj)
-        module.__class__ = RitornelloExperts
-
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, exact: bool = False) -> Tensor:
         return super().forward(x, indices.clamp(max=self.num_experts - 1), weights, exact)
+
+
+def adopt(model: RecurrentDepthTransformer) -> RecurrentDepthTransformer:
+    """`model`, its experts known to transformers as such."""
+    for module in list(model.modules()):
+        if type(module) is Experts:
+            module.__class__ = RitornelloExperts
+            module.num_experts = len(module.down_proj)  # pyrefly: ignore
+    return model
 
 
 class RitornelloPreTrainedModel(PreTrainedModel):
@@ -72,12 +76,13 @@ class RitornelloPreTrainedModel(PreTrainedModel):
     @property
     def native(self) -> RecurrentDepthTransformer:
         """The model itself."""
-        return self.base_model.rdt
+        return self.base_model.rdt  # pyrefly: ignore
 
     def get_input_embeddings(self) -> nn.Module:
         return self.native.embed_tokens[0]
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
         self.native.embed_tokens[0] = value
         self.native.config = replace(self.native.config, vocab_size=value.num_embeddings)
 
@@ -101,13 +106,10 @@ class RitornelloModel(RitornelloPreTrainedModel):
 
     def __init__(self, config: RitornelloConfig) -> None:
         super().__init__(config)
-        self.rdt = RecurrentDepthTransformer(config.shape(), seed=_seed())
+        self.rdt = adopt(RecurrentDepthTransformer(config.shape(), seed=_seed()))
         self.gradient_checkpointing = False
         for x in self.rdt.state_dict(keep_vars=True).values():
             x._is_hf_initialized = not x.is_meta  # drawn already
-        for module in self.rdt.modules():
-            if type(module) is Experts:
-                RitornelloExperts.adopt(module)
         self.post_init()
 
     @can_return_tuple
@@ -148,7 +150,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
         given = inputs_embeds if input_ids is None else input_ids
         require(given is not None, "input_ids", None, "given, or else inputs_embeds")
         assert given is not None
-        shape = given.shape[:2]
+        shape = given.shape[0], given.shape[1]
         n_past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         documents = _documents(attention_mask, position_ids, shape, n_past)
         slots = None
@@ -198,18 +200,15 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         """Behind this interface, the model as it is: nothing is copied. options: of `RitornelloConfig`."""
         with torch.device("meta"):
             found = cls(RitornelloConfig.of(model.config, **options))
-        found.model.rdt = model
-        for module in list(model.modules()):
-            if type(module) is Experts:
-                RitornelloExperts.adopt(module)
+        found.model.rdt = adopt(model)
         return found.train(model.training)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """None where the embeddings serve as head."""
         return self.native.head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.native.head = value
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.native.head = new_embeddings  # pyrefly: ignore
 
     @can_return_tuple
     def forward(
@@ -279,7 +278,9 @@ def _documents(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, 
     if mask is not None:
         length = n_past + shape[1]
         fits = mask.ndim == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= length
-        require(fits, "attention_mask", tuple(mask.shape), f"(B, S) = {(shape[0], length)}: padding, not what sees what")
+        require(
+            fits, "attention_mask", tuple(mask.shape), f"(B, S) = {(shape[0], length)}: padding, not what sees what"
+        )
         mask = mask[:, :length] > 0  # beyond: a cache of fixed size
         return None if bool(mask.all()) else mask.long() - 1
     if positions is None or n_past or shape[1] == 1:

@@ -20,7 +20,9 @@ def tensor_plan(c: ModelConfig) -> Plan:
         if c.attention == "gqa":
             plan |= _columns(f"{layer}.self_attn.k_proj") | _columns(f"{layer}.self_attn.v_proj")
         else:
-            plan |= {f"{layer}.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj"} | _columns(f"{layer}.self_attn.kv_b_proj")
+            plan |= {f"{layer}.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj"} | _columns(
+                f"{layer}.self_attn.kv_b_proj"
+            )
         plan |= _rows(f"{layer}.self_attn.o_proj", "o" in lora)
         if looped and c.ffn == "moe":
             experts = f"{layer}.mlp.experts"

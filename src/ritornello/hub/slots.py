@@ -99,5 +99,7 @@ def _another(layer: object) -> DynamicLayer | StaticLayer:
     if type(layer) is StaticLayer:
         return StaticLayer(max_cache_len=layer.max_cache_len)
     remedy = "set config.default_loops before the cache is made"
-    require(type(layer) is DynamicLayer, "n_loops", type(layer).__name__, "at most what this cache was made for", remedy)
+    require(
+        type(layer) is DynamicLayer, "n_loops", type(layer).__name__, "at most what this cache was made for", remedy
+    )
     return DynamicLayer()

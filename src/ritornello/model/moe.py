@@ -77,7 +77,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * config.expert_dim, config.dim))
         self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.expert_dim))
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, exact: bool) -> Tensor:
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, exact: bool = False) -> Tensor:
         """x (N, D), indices and weights (N, k) -> (N, D)."""
         return experts(x.to(self.down_proj.dtype), self.gate_up_proj, self.down_proj, indices, weights, exact=exact)
 
@@ -96,7 +96,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, table: Loop, masks: list[Tensor | None], exact: bool = False) -> tuple[Tensor, Routed]:
         """x (B, T, D); masks (B, T or 1) bool: tokens that count in the balance loss; exact: see Context."""
         indices, weights, scores = self.router(x, table)
-        y = self.experts(x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1), exact).view(x.shape)
+        chosen = x.flatten(0, 1), indices.flatten(0, 1), weights.flatten(0, 1)
+        y = self.experts(*chosen, **({"exact": True} if exact else {})).view(x.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, table)
         balanced = self.training and torch.is_grad_enabled()

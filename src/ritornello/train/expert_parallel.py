@@ -60,7 +60,9 @@ class Owners:
         return cls(n_local, n_expert, n_tensor, column, first, mesh["expert"].get_group(), mesh["tensor"].get_group())
 
 
-def dispatched(module: Experts, owners: Owners, x: Tensor, indices: Tensor, weights: Tensor, exact: bool) -> Tensor:
+def dispatched(
+    module: Experts, owners: Owners, x: Tensor, indices: Tensor, weights: Tensor, exact: bool = False
+) -> Tensor:
     """`Experts.forward` by all processes: x (N, D), indices and weights (N, k) -> (N, D), a part of it where others
     read the same tokens."""
     x = x.to(module.down_proj.dtype)
