@@ -79,7 +79,7 @@ def _write(loaded: Loaded, folder: Path, dtype: torch.dtype | None, max_shard: s
     model, config = wrapped(loaded), loaded.model.config
     model.config.architectures, model.config.auto_map = [type(model).__name__], AUTO_MAP
     if dtype is not None:
-        model.to(dtype)
+        model.to(dtype)  # pyrefly: ignore
     model.config.dtype = model.dtype
     model.save_pretrained(folder, max_shard_size=max_shard)
     to_transformers(loaded.tokenizer, max_length=config.max_seq_len).save_pretrained(folder)

@@ -54,7 +54,9 @@ class RitornelloExperts(Experts):
 
 
 def adopt(model: RecurrentDepthTransformer) -> RecurrentDepthTransformer:
-    """`model`, its experts known to transformers as such."""
+    """`model` in place, its experts known to transformers as such, its one number a vector: FSDP shards no scalars."""
+    if not model.config.is_plain and model.loop_embedding_scale is not None:
+        model.loop_embedding_scale = nn.Parameter(model.loop_embedding_scale.data.view(1))
     for module in list(model.modules()):
         if type(module) is Experts:
             module.__class__ = RitornelloExperts
