@@ -21,7 +21,9 @@ WAYS: dict[str, dict[str, int]] = {
     "expert": {"fsdp_size": 2, "ep_size": 2},
     "expert, tensor": {"tp_size": 2, "ep_size": 2},
 }
-CASES = [("moe", way) for way in WAYS] + [(kind, way) for kind in ("mla", "dense", "streams") for way in ("tensor", "fsdp")]
+CASES = [("moe", way) for way in WAYS] + [
+    (kind, way) for kind in ("mla", "dense", "streams") for way in ("tensor", "fsdp")
+]
 
 
 def largest(a: Tensor, b: Tensor) -> float:
@@ -69,5 +71,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert set(kind for kind, _ in CASES) <= set(KINDS)
+    assert {kind for kind, _ in CASES} <= set(KINDS)
     main(Path(sys.argv[1]))
