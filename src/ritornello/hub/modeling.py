@@ -89,18 +89,20 @@ class RitornelloPreTrainedModel(PreTrainedModel):
         self.native.config = replace(self.native.config, vocab_size=value.num_embeddings)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw what was not loaded. New tables of a vocabulary that grows are drawn as everywhere."""
-        if not isinstance(module, RecurrentDepthTransformer):
-            if type(module) in (nn.Embedding, nn.Linear):
-                super()._init_weights(module)
-            return
-        state = module.state_dict(keep_vars=True)
+    def initialize_weights(self) -> None:
+        """Draw what was not loaded."""
+        state = self.native.state_dict(keep_vars=True)
         loaded = {name: x.detach().clone() for name, x in state.items() if getattr(x, "_is_hf_initialized", False)}
-        if len(loaded) < len(state):
-            initialize(module, _seed())
+        if len(loaded) < len(state) and not self.native.norm.weight.is_meta:
+            initialize(self.native, _seed())
             for name, x in loaded.items():
                 state[name].copy_(x)
+        super().initialize_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Tables of a vocabulary that grows are drawn as everywhere."""
+        if type(module) in (nn.Embedding, nn.Linear):
+            super()._init_weights(module)
 
 
 class RitornelloModel(RitornelloPreTrainedModel):
