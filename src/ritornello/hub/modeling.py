@@ -93,7 +93,7 @@ class RitornelloPreTrainedModel(PreTrainedModel):
         """Draw what was not loaded."""
         state = self.native.state_dict(keep_vars=True)
         loaded = {name: x.detach().clone() for name, x in state.items() if getattr(x, "_is_hf_initialized", False)}
-        if len(loaded) < len(state) and not self.native.norm.weight.is_meta:
+        if len(loaded) < len(state) and not getattr(self.native, "_is_hf_initialized", False):
             initialize(self.native, _seed())
             for name, x in loaded.items():
                 state[name].copy_(x)
