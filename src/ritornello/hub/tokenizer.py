@@ -11,6 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ritornello import recipes
+from ritornello.config import require
 from ritornello.train.tokenizer import ByteTokenizer, Tokenizer
 
 END = "<|endoftext|>"
@@ -41,5 +43,10 @@ def _bytes() -> Backend:
 
 
 def without_specials(tokenizer_json: str) -> str:
-    """A tokenizer.json of transformers as a run has it: special tokens are none of its text's."""
-    return json.dumps({**json.loads(tokenizer_json), "added_tokens": []})
+    """A tokenizer.json that `to_transformers` led to, as a run has it: special tokens are none of its text's."""
+    found = recipes.parse_json(tokenizer_json, "tokenizer.json")
+    require(isinstance(found, dict), "tokenizer.json", found, "an object")
+    processor = found.get("post_processor") or {}
+    added = processor.get("special_tokens") if isinstance(processor, dict) else processor
+    require(not added, "tokenizer.json post_processor", added, "without tokens of its own")
+    return json.dumps(found | {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None})
