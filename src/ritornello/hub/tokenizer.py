@@ -37,7 +37,7 @@ def to_transformers(tokenizer: Tokenizer, *, max_length: int) -> PreTrainedToken
 def _bytes() -> Backend:
     """One id a byte, as a byte-level BPE that has learnt no pair."""
     backend = Backend(models.BPE(vocab={symbol: byte for byte, symbol in bytes_to_unicode().items()}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 
