@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
-from ritornello.hub import RitornelloConfig, RitornelloForCausalLM, RitornelloModel
+from ritornello.hub import RitornelloConfig, RitornelloForCausalLM, RitornelloForSequenceClassification, RitornelloModel
 from tests.hub.kinds import KINDS, SHAPE, tokens
 
 SOURCE = Path(sys.prefix) / "transformers-tests"
@@ -54,6 +54,8 @@ def _mixin() -> type:
 
 if SOURCE.is_dir():
     modeling_auto.MODEL_MAPPING_NAMES["ritornello"] = "RitornelloModel"
+    scored = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    scored["ritornello"] = "RitornelloForSequenceClassification"
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ritornello"] = "RitornelloForCausalLM"
     Mixin = _mixin()
 else:
@@ -63,7 +65,7 @@ else:
 class Common(Mixin):  # type: ignore[misc, valid-type]
     """What their tests ask of a model's own test."""
 
-    all_model_classes = (RitornelloModel, RitornelloForCausalLM)
+    all_model_classes = (RitornelloModel, RitornelloForCausalLM, RitornelloForSequenceClassification)
     has_attentions = False  # an attention's weights are never kept
     shape: ClassVar[dict[str, Any]] = {}
 

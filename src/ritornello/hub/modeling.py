@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -270,6 +271,10 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The mask as it is: the model makes its own of it, for any cache."""
         return attention_mask
+
+
+class RitornelloForSequenceClassification(GenericForSequenceClassification, RitornelloPreTrainedModel):
+    """A score for each of `num_labels` read at a text's last token: classes, or a reward."""
 
 
 def _seed() -> int:
