@@ -1,5 +1,10 @@
 """At home in transformers: importing this makes its Auto classes know `ritornello` models."""
 
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    raise ImportError("this needs transformers: pip install 'ritornello[hub]'", name="transformers")
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ritornello.hub.configuration import RitornelloConfig
