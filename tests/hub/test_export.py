@@ -88,6 +88,9 @@ def test_the_command_writes_whole_or_not_at_all(tmp_path, capsys):
     assert main(["export", "python", str(target), "--dtype", "bfloat16", "--max-shard", "200KB"]) == 0
     assert capsys.readouterr().out.strip() == str(target)
     found = AutoModelForCausalLM.from_pretrained(target)
+    own = load(find_model("python"), device="cpu").model
+    assert torch.equal(found.native.injection.A_log, own.injection.A_log)
+    assert torch.equal(found.native.norm.weight, own.norm.weight.bfloat16())
     assert found.dtype == torch.bfloat16 and len(list(target.glob("model-*.safetensors"))) > 1
     assert main(["export", "python", str(target)]) == 2
     assert "does not exist yet" in capsys.readouterr().err

@@ -159,7 +159,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
         n_past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         documents = _documents(attention_mask, position_ids, shape, n_past)
         slots = None
-        if past_key_values is not None and use_cache is not False:
+        if past_key_values is not None:
             slots = Slots(self.rdt.config, past_key_values, None if documents is None else documents[:, :n_past])
         capture = Capture(frozenset("e")) if output_hidden_states else None
         out = self.rdt(
