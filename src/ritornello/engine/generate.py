@@ -203,7 +203,8 @@ def requests(
     longest, limit = max(map(len, ids)), model.config.max_seq_len
     require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
     how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "n_logprobs": n_logprobs}
-    how |= {"stop": frozenset({tokenizer.eos_id}), "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
+    stop_ids = frozenset(range(tokenizer.eos_id, tokenizer.vocab_size))
+    how |= {"stop": stop_ids, "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
     seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]
     asked = [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)]
     check_request(model.config, asked[0], n_loops=n_loops or model.config.n_loops, vocab_size=tokenizer.vocab_size)
