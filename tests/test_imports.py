@@ -13,6 +13,7 @@ LIGHT = (
     "ritornello.cli",
     *(f"ritornello.commands.{verb}" for verb in ("demo", "train", "generate", "runs", "lab", "info", "doctor")),
     "ritornello.commands.calibrate",
+    "ritornello.commands.chat",
     "ritornello.commands.plan",
     *(f"ritornello.planning.{name}" for name in ("memory", "plan", "report")),
 )

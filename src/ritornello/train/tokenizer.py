@@ -139,7 +139,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, chat: bool = False) -> B
 
 def extends(tokenizer_json: str, other_json: str) -> bool:
     """Whether the first tokenizer gives every id of the second the same meaning: it is the same, or its chat form."""
-    one, other = json.loads(tokenizer_json), json.loads(other_json)
+    one, other = (json.loads(from_json(text).to_json()) for text in (tokenizer_json, other_json))
     return one == other or one == {**other, "chat": True}
 
 
