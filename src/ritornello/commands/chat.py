@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,7 +82,9 @@ class Chat(Writing):
         loops = answer.generation.loops
         if loops and not self.common.quiet:
             cut = "cut by --max-tokens; " if answer.generation.reason == "length" else ""
-            print(f"({stopped}{cut}{len(loops)} tokens, {sum(loops) / len(loops):.1f} loops in the mean)", file=sys.stderr)
+            print(
+                f"({stopped}{cut}{len(loops)} tokens, {sum(loops) / len(loops):.1f} loops in the mean)", file=sys.stderr
+            )
 
 
 def _lines() -> Iterator[str]:
@@ -90,10 +92,8 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401 - a line can be edited, and the ones before come back
-    except ImportError:
-        pass
     while True:
         try:
             line = input("> ")

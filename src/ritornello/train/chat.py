@@ -31,7 +31,7 @@ def encode_chat(
 
 
 def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str = "messages") -> list[int]:
-    """Ids of a conversation that ends with the user's message, and of the mark that opens the answer. Errors as above."""
+    """Ids of a conversation that ends with the user's message, and the mark that opens the answer. Errors as above."""
     check(messages, where=where)
     _require_last(messages, "user", where, "an answer needs a question")
     return [*_encoded(messages, tokenizer)[0].tolist(), tokenizer.chat_ids["<|assistant|>"]]

@@ -51,9 +51,7 @@ def of_files(path: str | Path, data: DataConfig, tokenizer: Tokenizer) -> HeldOu
     require(path.exists(), "data", str(path), "a .txt, .jsonl or .parquet file or a folder of them")
     before, end = stamp(path), Encoded(np.array([tokenizer.eos_id]), np.zeros(1, np.uint8), 0)
     chat = data.format == "chat"
-    corpus = open_corpus(
-        str(path), field=data.field, validation_fraction=0.0, utf8=data.tokenizer == "bpe", chat=chat
-    )
+    corpus = open_corpus(str(path), field=data.field, validation_fraction=0.0, utf8=data.tokenizer == "bpe", chat=chat)
     found, offsets = [], [0]
     for document in corpus.documents():
         pieces = encode(list(document.pieces), tokenizer, is_chat=chat)

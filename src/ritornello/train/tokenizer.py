@@ -26,8 +26,8 @@ CHAT_TOKENS = (*(f"<|{role}|>" for role in ROLES), "<|end|>")  # as other progra
 
 
 class Tokenizer(ABC):
-    """Ids 0 … `eos_id` − 1 stand for bytes of UTF-8. Those from `eos_id` on have no text: it ends a document, and in the
-    chat form CHAT_TOKENS follow, `chat_ids` by name. So a text's ids are the same in either form."""
+    """Ids 0 … `eos_id` − 1 stand for bytes of UTF-8. Those from `eos_id` on have no text: it ends a document, and those
+    of CHAT_TOKENS follow in the chat form, `chat_ids` by name. So a text's ids are the same in either form."""
 
     def __init__(self, token_bytes: Sequence[bytes], *, chat: bool = False) -> None:
         self.eos_id = len(token_bytes)

@@ -33,7 +33,9 @@ def warm_start(model: RecurrentDepthTransformer, source: str, *, tokenizer_json:
     state = {name: t for name, t in other.model_state.items() if name in expected or not name.startswith(NEW_PARTS)}
     state |= {name: t for name, t in expected.items() if name not in state and name.startswith(NEW_PARTS)}
     state = resized(state, model.config)
-    state |= {name: _grown(state[name], expected[name]) for name in VOCABULARY_TABLES if name in state and name in expected}
+    state |= {
+        name: _grown(state[name], expected[name]) for name in VOCABULARY_TABLES if name in state and name in expected
+    }
     tensors.check(state, expected, other.model.source)
     model.load_state_dict(state)
 
