@@ -26,6 +26,7 @@ KvSharing = Literal["per_loop", "first"]
 CachePolicy = Literal["per_loop", "last", "first"]
 ExitName = Literal["hazard", "cumulative", "kl", "delta", "entropy"]
 Measure = Literal["disagreement", "loss"]  # of what an exit risks
+DataFormat = Literal["text", "chat"]
 
 Entry = TypeVar("Entry")
 
@@ -315,12 +316,16 @@ def default_exit(halting: str) -> ExitRule | None:
     return ExitRule(rule, DEFAULT_THRESHOLDS[rule]) if rule else None
 
 
+ROW_FIELDS: dict[DataFormat, str] = {"text": "text", "chat": "messages"}  # what a row is read from by default
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What text a run reads, and how it becomes sequences."""
 
     source: str = "stdlib"  # "stdlib", a .txt / .jsonl / .parquet file, a folder of them, or a Hugging Face name
-    field: str = "text"  # of a .jsonl, .parquet or Hugging Face row
+    format: DataFormat = "text"  # chat: rows are conversations, of which the loss counts what the assistant says
+    field: str = ""  # of a .jsonl, .parquet or Hugging Face row; "": text, or messages of a chat
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     bpe_vocab_size: int = 4096
     seq_len: int = 256
@@ -333,6 +338,10 @@ class DataConfig:
         require_int("seq_len", self.seq_len, 1)
         require_int("bpe_vocab_size", self.bpe_vocab_size, 260, 2**31)
         require_float("validation_fraction", self.validation_fraction, 0, 0.9, open_low=True)
+
+    @property
+    def row_field(self) -> str:
+        return self.field or ROW_FIELDS[self.format]
 
 
 @dataclass(frozen=True, kw_only=True)

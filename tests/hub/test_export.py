@@ -13,8 +13,9 @@ from ritornello.cli import main
 from ritornello.commands.loading import is_exported, open_model
 from ritornello.engine.generate import generate, load
 from ritornello.hub.export import export, sources, wrapped
-from ritornello.hub.tokenizer import to_transformers, without_specials
+from ritornello.hub.tokenizer import END, ends, to_transformers, without_specials
 from ritornello.recipes import find_model
+from ritornello.train.chat import chat_prompt, encode_chat
 from ritornello.train.tokenizer import ByteTokenizer, from_json, train_bpe
 from tests.hub.kinds import model
 
@@ -128,3 +129,25 @@ def test_a_wrapped_model_stops_where_a_document_ends():
     found = wrapped(load(find_model("python"), device="cpu"))
     assert found.generation_config.eos_token_id == found.config.eos_token_id
     assert model().generation_config.eos_token_id is None
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_conversation_has_the_same_ids_and_the_same_mask(kind, tmp_path):
+    texts = ["user asks, assistant answers\n" * 50]
+    own = ByteTokenizer(chat=True) if kind == "bytes" else train_bpe(texts, 310, chat=True)
+    found = to_transformers(own, max_length=512)
+    messages = [{"role": "system", "content": "Be  brief.\n"}, {"role": "user", "content": " 2+2? "}]
+    prompt = found.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt == chat_prompt(messages, own)
+    messages += [{"role": "assistant", "content": "4\n"}, {"role": "user", "content": "sure?"}]
+    messages += [{"role": "assistant", "content": ""}]
+    given = found.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = encode_chat(messages, own)
+    assert given["input_ids"] == ids.tolist() and given["assistant_masks"] == mask.astype(int).tolist()
+    assert 0 < mask.sum() < len(mask)
+    found.save_pretrained(tmp_path)
+    native = from_json(without_specials((tmp_path / "tokenizer.json").read_text()))
+    assert native.is_chat and chat_prompt(messages[:2], native) == prompt
+    assert ends(own) == [own.eos_id, own.chat_ids["<|end|>"]] == found.convert_tokens_to_ids([END, "<|end|>"])
+    forged = "<|end|><|system|>"  # here the two differ, as the module says
+    assert max(own.encode(forged)) < own.eos_id < min(found(forged)["input_ids"])

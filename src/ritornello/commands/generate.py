@@ -3,97 +3,43 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import UseAppendAction, arg
 
-from ritornello.commands import INTEGER, REAL, TEXT, Command, option
-from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+from ritornello.commands import TEXT, option
+from ritornello.commands.writing import Writing
+from ritornello.config import require
 from ritornello.progress import Progress
 
 if TYPE_CHECKING:
     from ritornello.engine.constraints import Constraint
 
-CALIBRATED = "calibrated"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Command):
+class Generate(Writing):
     """Continue a text with a trained model, or every text of a file, at any number of loops."""
 
-    path: Annotated[
-        Positional[Path],
-        arg(metavar="RUN", help="A run, one of its checkpoints, or `python`, a model that comes along."),
-    ]
     prompt: Annotated[str | None, TEXT, option("What to continue.")] = None
     input: Annotated[Path | None, option("Or many requests, one JSON object a line.", metavar="FILE")] = None
     output: Annotated[Path | None, option("Gets a line for each of them; begun, it goes on.", metavar="FILE")] = None
-    loops: Annotated[int | None, INTEGER, option("Depth; with --exit the most it may reach.")] = None
-    exit: Annotated[
-        str | None,
-        option("Stop early: hazard, cumulative, kl, delta, entropy; or calibrated, as was found.", metavar="RULE"),
-    ] = None
-    exit_threshold: Annotated[float | None, REAL, option("When --exit stops; each rule has its own.")] = None
-    min_loops: Annotated[int, INTEGER, option("With --exit: no token leaves before.")] = 1
-    loop_budget: Annotated[float | None, REAL, option("Loops of a written token in the mean, at most.")] = None
-    draft_loops: Annotated[int | None, INTEGER, option("So many loops guess, full depth decides: the same text.")] = (
-        None
-    )
-    draft_tokens: Annotated[int | None, INTEGER, option("Tokens to guess at a time; 4 if not given.")] = None
-    max_tokens: Annotated[int, INTEGER, option("Tokens to write at most.")] = 256
-    temperature: Annotated[float, REAL, option("0 always takes the likeliest token.")] = 0.8
-    top_k: Annotated[int | None, INTEGER, option("Sample from the N likeliest tokens.")] = None
-    top_p: Annotated[float | None, REAL, option("Sample from the likeliest tokens that sum to N.")] = None
-    min_p: Annotated[float | None, REAL, option("Drop tokens below N times the likeliest.")] = None
-    seed: Annotated[int, INTEGER, option("The same seed writes the same text.")] = 0
     stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="End before this text.")] = ()
     json_schema: Annotated[Path | None, option("Write JSON that this JSON schema describes.", metavar="FILE")] = None
     regex: Annotated[str | None, option("Write a text that this pattern matches.", metavar="PATTERN")] = None
-    device: Annotated[str, option("auto, cuda, mps or cpu.", metavar="NAME")] = "auto"
     no_stream: Annotated[bool, option("Print when all is written, not as it is.")] = False
 
     def run(self) -> None:
-        exit_rule = self.exit_rule()
-        if self.loops is not None:
-            require_int("--loops", self.loops, 1, MAX_LOOPS)
+        self.check_depth()
         self.check_files()
-        ok = self.draft_tokens is None or self.draft_loops is not None
-        require(ok, "--draft-tokens", self.draft_tokens, "used with --draft-loops")
         constraint = self.constraint()
+        loaded = self.load()
+        options = self.wishes(loaded) | {"stop": self.stop, "constraint": constraint}
+        if self.prompt is None:
+            self.answer(loaded, options | ({"depth_is_fixed": True} if self.is_calibrated else {}))
+            return
 
-        from ritornello.commands.loading import open_model
         from ritornello.engine.generate import stream
 
-        loaded, n_loops = open_model(self.path, device=self.device), self.loops
-        if self.exit == CALIBRATED:
-            from ritornello.engine.calibration import calibration_of
-
-            found = calibration_of(loaded)
-            exit_rule, n_loops = found.exit, found.goal.n_loops
-            require(self.loops in (None, n_loops), "--loops", self.loops, f"{n_loops}, which the calibration is for")
-            if not self.common.quiet:
-                print(found, file=sys.stderr)
-        options: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
-            "n_loops": n_loops,
-            "exit": exit_rule,
-            "loop_budget": self.loop_budget,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "stop": self.stop,
-            "constraint": constraint,
-        }
-        if self.draft_loops is not None:
-            from ritornello.engine.request import Draft
-
-            given = {} if self.draft_tokens is None else {"n_tokens": self.draft_tokens}
-            options["draft"] = Draft(n_loops=self.draft_loops, **given)
-        if self.prompt is None:
-            self.answer(loaded, options | ({"depth_is_fixed": True} if self.exit == CALIBRATED else {}))
-            return
         texts: list[Any] = []
         if constraint is not None:
             options["observer"] = texts.append
@@ -138,15 +84,3 @@ class Generate(Command):
             return
         require(self.prompt is None, "--input", str(self.input), "used without --prompt", "leave one of them out")
         require(self.output is not None, "--output", None, "given with --input", "--output FILE gets the answers")
-
-    def exit_rule(self) -> ExitRule | None:
-        """None forces the depth, or leaves the rule to a calibration."""
-        if self.exit in (None, CALIBRATED):
-            allowed = "used with --exit RULE" if self.exit is None else "left out: what is calibrated has its own"
-            require(self.min_loops == 1, "--min-loops", self.min_loops, allowed)
-            require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, allowed)
-            return None
-        require_choice("--exit", self.exit, (*get_args(ExitName), CALIBRATED))
-        rule: ExitName = self.exit  # type: ignore[assignment]
-        threshold = DEFAULT_THRESHOLDS[rule] if self.exit_threshold is None else self.exit_threshold
-        return ExitRule(rule, threshold, self.min_loops)

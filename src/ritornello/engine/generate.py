@@ -177,8 +177,21 @@ def generate(loaded: Loaded, prompts: str | Sequence[str], **options: Unpack[Opt
 
 
 def requests(
+    loaded: Loaded, prompts: Sequence[str], *, stop: str | Sequence[str] = (), **wishes: Any
+) -> tuple[list[Request], list[str]]:
+    """What is asked for these texts, row i with seed + i, and the strings that end them: everything is checked."""
+    require(isinstance(loaded, Loaded), "loaded", type(loaded).__name__, "what load(...) returns")
+    tokenizer = loaded.tokenizer
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    require(all(stops), "stop", stop, "texts, none empty")
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    require(len(ids) > 0, "prompts", prompts, "at least one text")
+    return requests_of(loaded, ids, **wishes), stops
+
+
+def requests_of(
     loaded: Loaded,
-    prompts: Sequence[str],
+    ids: Sequence[list[int]],
     *,
     max_tokens: int = 256,
     n_loops: int | None = None,
@@ -186,28 +199,23 @@ def requests(
     loop_budget: float | None = None,
     draft: Draft | None = None,
     constraint: Constraint | None = None,
-    stop: str | Sequence[str] = (),
     n_logprobs: int | None = None,
     **sampling: Any,
-) -> tuple[list[Request], list[str]]:
-    """What is asked for these texts, row i with seed + i, and the strings that end them: everything is checked."""
+) -> list[Request]:
+    """The same of prompts that are ids already."""
     require_int("max_tokens", max_tokens, 1)
     if n_loops is not None:
         require_int("n_loops", n_loops, 1, MAX_LOOPS)
-    require(isinstance(loaded, Loaded), "loaded", type(loaded).__name__, "what load(...) returns")
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    require(all(stops), "stop", stop, "texts, none empty")
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    require(len(ids) > 0, "prompts", prompts, "at least one text")
     longest, limit = max(map(len, ids)), model.config.max_seq_len
     require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
     how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "n_logprobs": n_logprobs}
-    how |= {"stop": frozenset({tokenizer.eos_id}), "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
+    stop_ids = frozenset(range(tokenizer.eos_id, tokenizer.vocab_size))
+    how |= {"stop": stop_ids, "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
     seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]
     asked = [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)]
     check_request(model.config, asked[0], n_loops=n_loops or model.config.n_loops, vocab_size=tokenizer.vocab_size)
-    return asked, stops
+    return asked
 
 
 def engine_for(loaded: Loaded, *, n_loops: int, n_tokens: int, constrained: bool) -> Engine:

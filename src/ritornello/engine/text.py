@@ -45,7 +45,7 @@ class Text:
 
     def push(self, token: int, loops: int) -> str:
         """Take a token; return the text that is now certain."""
-        if token == self.tokenizer.eos_id:
+        if token >= self.tokenizer.eos_id:  # none of these has a text
             return self.finish("end")
         self.tokens.append(token)
         self.loops.append(loops)

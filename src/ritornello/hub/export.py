@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from ritornello.config import require
 from ritornello.engine.generate import Loaded, load
 from ritornello.hub.modeling import RitornelloForCausalLM
-from ritornello.hub.tokenizer import to_transformers
+from ritornello.hub.tokenizer import ends, to_transformers
 from ritornello.train import files
 
 MODELING = "ritornello.hub.modeling"
@@ -69,9 +69,9 @@ def export(run: str | Path, target: str | Path, *, dtype: torch.dtype | None = N
 
 def wrapped(loaded: Loaded) -> RitornelloForCausalLM:
     """The model behind transformers' interface, not copied."""
-    eos = loaded.tokenizer.eos_id
-    model = RitornelloForCausalLM.of(loaded.model, eos_token_id=eos, pad_token_id=eos)
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos)
+    given = {"eos_token_id": ends(loaded.tokenizer), "pad_token_id": loaded.tokenizer.eos_id}
+    model = RitornelloForCausalLM.of(loaded.model, **given)
+    model.generation_config = GenerationConfig(**given)
     return model
 
 

@@ -209,7 +209,7 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
             self.lm_head = Linear(config.dim, config.vocab_size) if config.tie_embeddings else None
         self.post_init()
         if self.lm_head is None:
-            self._tp_plan = {name: style for name, style in self._tp_plan.items() if name != "lm_head"}
+            self._tp_plan = {name: style for name, style in (self._tp_plan or {}).items() if name != "lm_head"}
 
     @classmethod
     def of(cls, model: RecurrentDepthTransformer, **options: Any) -> "RitornelloForCausalLM":

@@ -5,6 +5,7 @@ keeps it text.
 """
 
 import json
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -13,15 +14,25 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ritornello import recipes
 from ritornello.config import require
-from ritornello.train.tokenizer import ByteTokenizer, Tokenizer
+from ritornello.train.tokenizer import CHAT_TOKENS, ByteTokenizer, Tokenizer
 
 END = "<|endoftext|>"
+STOP = CHAT_TOKENS[-1]
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""  # as train/chat.py encodes, loss and all
 
 
 def to_transformers(tokenizer: Tokenizer, *, max_length: int) -> PreTrainedTokenizerFast:
-    """max_length: tokens that the model reads at most."""
-    backend = _bytes() if isinstance(tokenizer, ByteTokenizer) else Backend.from_str(tokenizer.to_json())
-    backend.add_special_tokens([END])
+    """max_length: tokens that the model reads at most. A tokenizer of conversations gets its chat template."""
+    backend = _bytes() if isinstance(tokenizer, ByteTokenizer) else _pieces(tokenizer)
+    backend.add_special_tokens([END, *tokenizer.chat_ids])
     found = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,
@@ -29,6 +40,7 @@ def to_transformers(tokenizer: Tokenizer, *, max_length: int) -> PreTrainedToken
         model_max_length=max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE if tokenizer.is_chat else None,
     )
     assert found.eos_token_id == tokenizer.eos_id, "the end of a document comes after all text"
     return found
@@ -42,6 +54,16 @@ def _bytes() -> Backend:
     return backend
 
 
+def _pieces(tokenizer: Tokenizer) -> Backend:
+    found = json.loads(tokenizer.to_json())
+    return Backend.from_str(json.dumps({name: value for name, value in found.items() if name != "chat"}))
+
+
+def ends(tokenizer: Tokenizer) -> int | list[int]:
+    """Ids after which nothing is written: of a document, or of a message."""
+    return [tokenizer.eos_id, tokenizer.chat_ids[STOP]] if tokenizer.is_chat else tokenizer.eos_id
+
+
 def without_specials(tokenizer_json: str) -> str:
     """A tokenizer.json that `to_transformers` led to, as a run has it: special tokens are none of its text's."""
     found = recipes.parse_json(tokenizer_json, "tokenizer.json")
@@ -49,4 +71,8 @@ def without_specials(tokenizer_json: str) -> str:
     processor = found.get("post_processor") or {}
     added = processor.get("special_tokens") if isinstance(processor, dict) else processor
     require(not added, "tokenizer.json post_processor", added, "without tokens of its own")
-    return json.dumps(found | {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None})
+    specials = [token.get("content") for token in found.get("added_tokens") or [] if isinstance(token, dict)]
+    known = [END, *CHAT_TOKENS]
+    require(specials in (known[:1], known), "tokenizer.json added_tokens", specials, f"{known[:1]} or {known}")
+    plain: dict[str, Any] = {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
+    return json.dumps(found | plain | ({"chat": True} if specials == known else {}))

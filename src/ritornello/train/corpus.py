@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ritornello.config import require, shown
+from ritornello.config import ROW_FIELDS, require, shown
+from ritornello.train import chat as chats
 
 PIECE = 1 << 20  # bytes of a document that are in memory, and tokenised, at a time
 MAX_LINE = 64 << 20  # bytes of a .jsonl line, which has to be parsed whole
 NAMES = ".txt, .jsonl or .parquet"
+CHAT_SOURCES = "give a .jsonl or .parquet file, a folder of them, or a Hugging Face name"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 HIDDEN = re.compile(r"\..*", re.DOTALL)
 # Tests, installed packages and what the build of one machine wrote; `encodings` is tables whose lines repeat.
@@ -28,10 +30,18 @@ NOT_STDLIB = re.compile(r"tests?|idle_test|site-packages|dist-packages|encodings
 
 
 @dataclass(frozen=True)
+class _Column:
+    """What is read of a row."""
+
+    name: str
+    chat: bool
+
+
+@dataclass(frozen=True)
 class Document:
     name: str  # for error messages
     validation: bool
-    pieces: Iterable[bytes]  # the text in order, each piece at most PIECE bytes, cut between characters
+    pieces: Iterable[bytes]  # the text in order, each at most PIECE bytes, cut between characters; or one conversation
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Corpus:
     files: Mapping[Path, tuple[int, int, int]]  # with the `stamp` each had before it was read
     fingerprint: str  # sha256 over the names and contents of all files
     held_out: tuple[str, ...]  # packages or text files that are validation text; rows are told by their hash
+    chat: bool = False  # a document is a conversation, as `chat.to_bytes` spells it
 
     @property
     def n_bytes(self) -> int:
@@ -49,20 +60,30 @@ class Corpus:
 
 
 def open_corpus(
-    source: str, *, field: str = "text", validation_fraction: float = 0.1, utf8: bool = False, offline: bool = False
+    source: str,
+    *,
+    field: str = "",
+    validation_fraction: float = 0.1,
+    utf8: bool = False,
+    offline: bool = False,
+    chat: bool = False,
 ) -> Corpus:
     """The documents of `source`: "stdlib", a file, a folder of files, or a Hugging Face name (`name` or `name:config`).
 
     A `.txt` file is one document; of a single one, the end is validation text. Rows of `.jsonl`, `.parquet` and
-    data sets are documents, held out by the hash of their text. `utf8`: refuse text that is not UTF-8.
+    data sets are documents, held out by the hash of their text. `utf8`: refuse text that is not UTF-8. `chat`: rows are
+    conversations, and nothing else is read. `field` of a row; "": text, or messages.
 
     Raises:
-        ValueError: nothing readable there, or a row without text; the message names the file and the place.
+        ValueError: nothing readable there, or a row without text, or without a conversation that `chat.check` accepts;
+            the message names the file and the place.
     """
     require(bool(source), "source", source, "a file, a folder, a data set's name or 'stdlib'")
-    split = partial(_assemble, field=field, validation_fraction=validation_fraction, utf8=utf8)
+    column = _Column(field or ROW_FIELDS["chat" if chat else "text"], chat)
+    split = partial(_assemble, column=column, validation_fraction=validation_fraction, utf8=utf8)
     try:
         if source == "stdlib":
+            require(not chat, "data.source", source, "rows of conversations with data.format = 'chat'", CHAT_SOURCES)
             return split(_stdlib(), group=_package)
         path = Path(source)
         if path.is_symlink() or path.exists():
@@ -71,7 +92,7 @@ def open_corpus(
         raise ValueError(f"source = {shown(source)}: must be readable; {error}") from error
     is_name = HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS
     require(bool(is_name), "source", source, "a file or folder that exists, or a Hugging Face name")
-    return _hub(source, field=field, validation_fraction=validation_fraction, offline=offline)
+    return _hub(source, column=column, validation_fraction=validation_fraction, offline=offline)
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
@@ -157,32 +178,36 @@ def _fingerprint(files: Mapping[str, Path]) -> str:
 
 
 def _assemble(
-    files: Mapping[str, Path], *, group: Callable[[str], str], field: str, validation_fraction: float, utf8: bool
+    files: Mapping[str, Path], *, group: Callable[[str], str], column: _Column, validation_fraction: float, utf8: bool
 ) -> Corpus:
     stamps = {path: stamp(path) for path in files.values()}
     sizes: dict[str, int] = {}
     for name, path in files.items():
-        if path.suffix.lower() not in ROWS and stamps[path][0]:
+        is_text = path.suffix.lower() not in ROWS
+        allowed = "rows of conversations with data.format = 'chat'"
+        require(not (is_text and column.chat), _printable(path), "text", allowed, CHAT_SOURCES)
+        if is_text and stamps[path][0]:
             sizes[group(name)] = sizes.get(group(name), 0) + stamps[path][0]
     chosen = held_out(sizes, validation_fraction) if len(sizes) > 1 else frozenset()
 
     def documents() -> Iterator[Document]:
         for name, path in files.items():
             if rows := ROWS.get(path.suffix.lower()):
-                yield from _documents(rows(path, field), validation_fraction)
+                yield from _documents(rows(path, column), validation_fraction, column.chat)
             elif len(sizes) == 1:
                 yield from _cut_in_two(path, stamps[path][0], validation_fraction, utf8)
             else:
                 yield _text(path, 0, stamps[path][0], group(name) in chosen, utf8)
 
-    return Corpus(documents, stamps, _fingerprint(files), tuple(sorted(chosen)))
+    return Corpus(documents, stamps, _fingerprint(files), tuple(sorted(chosen)), column.chat)
 
 
-def _documents(rows: Iterable[tuple[str, bytes]], validation_fraction: float) -> Iterator[Document]:
+def _documents(rows: Iterable[tuple[str, bytes]], validation_fraction: float, chat: bool) -> Iterator[Document]:
     """Rows with equal text share a hash, so no copy of a validation document is training text."""
     for name, text in rows:
         share = int.from_bytes(hashlib.sha256(text).digest()[:8]) / 2**64
-        yield Document(name, share < validation_fraction, _pieces(io.BytesIO(text), len(text), name))
+        pieces = [text] if chat else _pieces(io.BytesIO(text), len(text), name)
+        yield Document(name, share < validation_fraction, pieces)
 
 
 def _cut_in_two(path: Path, size: int, validation_fraction: float, utf8: bool) -> Iterator[Document]:
@@ -253,7 +278,7 @@ def _boundary(data: bytes) -> int:
     return len(data)
 
 
-def _jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
+def _jsonl(path: Path, column: _Column) -> Iterator[tuple[str, bytes]]:
     number = 0
     with path.open("rb") as stream:
         while line := stream.readline(MAX_LINE + 1):
@@ -264,7 +289,7 @@ def _jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
                 len(line) <= MAX_LINE, where, size, f"at most {MAX_LINE} bytes", "cut it, or give it as a .txt file"
             )
             if line.strip():
-                yield where, _row_text(_parsed(line, where), field, where)
+                yield where, _row(_parsed(line, where), column, where)
 
 
 def _parsed(line: bytes, where: str) -> object:
@@ -274,19 +299,19 @@ def _parsed(line: bytes, where: str) -> object:
         raise ValueError(f"{where} = {shown(line)}: must be a JSON object in UTF-8; {error}") from error
 
 
-def _parquet(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
+def _parquet(path: Path, column: _Column) -> Iterator[tuple[str, bytes]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as table:
-            _require_key(field, table.schema_arrow.names, _printable(path))
-            for batch in table.iter_batches(batch_size=256, columns=[field]):
+            _require_key(column.name, table.schema_arrow.names, _printable(path))
+            for batch in table.iter_batches(batch_size=256, columns=[column.name]):
                 for value in batch.column(0).to_pylist():
                     number += 1
                     where = f"{_printable(path)} row {number}"
-                    yield where, _row_text({field: value}, field, where)
+                    yield where, _row({column.name: value}, column, where)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{_printable(path)}: must be a readable Parquet file; {_one_line(error)}") from error
 
@@ -298,21 +323,26 @@ def _require_key(field: str, names: Iterable[object], where: str) -> None:
     require(field in keys, "data.field", field, f"a key of {where}", remedy)
 
 
-def _row_text(row: Any, field: str, where: str) -> bytes:
-    require(isinstance(row, dict), where, row, f"an object with the key {field!r}")
-    _require_key(field, row, where)
-    require(isinstance(row[field], str), f"{where} {field!r}", row[field], "a string")
+def _row(row: Any, column: _Column, where: str) -> bytes:
+    """Its text, or its conversation."""
+    require(isinstance(row, dict), where, row, f"an object with the key {column.name!r}")
+    _require_key(column.name, row, where)
+    value, where = row[column.name], f"{where} {column.name!r}"
+    if column.chat:
+        chats.check_example(value, where=where)
+        return chats.to_bytes(value)
+    require(isinstance(value, str), where, value, "a string")
     try:
-        return row[field].encode("utf-8")
+        return value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} {field!r}: must be valid Unicode; {error}") from error
+        raise ValueError(f"{where}: must be valid Unicode; {error}") from error
 
 
-ROWS: dict[str, Callable[[Path, str], Iterator[tuple[str, bytes]]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+ROWS: dict[str, Callable[[Path, _Column], Iterator[tuple[str, bytes]]]] = {".jsonl": _jsonl, ".parquet": _parquet}
 READERS = (".txt", *ROWS)
 
 
-def _hub(source: str, *, field: str, validation_fraction: float, offline: bool) -> Corpus:
+def _hub(source: str, *, column: _Column, validation_fraction: float, offline: bool) -> Corpus:
     """The "train" split of a Hugging Face data set, held on disk by `datasets`; its other splits are not read."""
     try:
         import datasets.config
@@ -331,14 +361,14 @@ def _hub(source: str, *, field: str, validation_fraction: float, offline: bool) 
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         allowed = "in the cache when offline" if offline else "a file, a folder, or a data set that can be loaded"
         raise ValueError(f"source = {shown(source)}: must be {allowed}; {_one_line(error)}") from error
-    _require_key(field, table.column_names, source)
+    _require_key(column.name, table.column_names, source)
 
     def rows() -> Iterator[tuple[str, bytes]]:
-        for number, value in enumerate(table[field], 1):
+        for number, value in enumerate(table[column.name], 1):
             where = f"{source} row {number}"
-            yield where, _row_text({field: value}, field, where)
+            yield where, _row({column.name: value}, column, where)
 
     paths = [Path(found["filename"]) for found in table.cache_files]
     files = {path: stamp(path) for path in paths}
     fingerprint = _fingerprint({str(i): path for i, path in enumerate(paths)})
-    return Corpus(lambda: _documents(rows(), validation_fraction), files, fingerprint, ())
+    return Corpus(lambda: _documents(rows(), validation_fraction, column.chat), files, fingerprint, (), column.chat)

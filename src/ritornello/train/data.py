@@ -13,6 +13,7 @@ import numpy as np
 
 from ritornello.config import DataConfig, require_int
 from ritornello.train import files
+from ritornello.train.chat import from_bytes
 from ritornello.train.corpus import Corpus, open_corpus
 from ritornello.train.shards import FORMAT, Dataset, Progress, Split, build, open_shards
 from ritornello.train.tokenizer import ByteTokenizer, Tokenizer, train_bpe
@@ -35,10 +36,11 @@ def prepare(
     """
     corpus = open_corpus(
         data.source,
-        field=data.field,
+        field=data.row_field,
         validation_fraction=data.validation_fraction,
         utf8=data.tokenizer == "bpe",
         offline=offline,
+        chat=data.format == "chat",
     )
     home = Path(cache_dir, _cache_key(data, corpus))
     shards = home / "shards"
@@ -52,7 +54,8 @@ def prepare(
 
 def _cache_key(data: DataConfig, corpus: Corpus) -> str:
     size = data.bpe_vocab_size if data.tokenizer == "bpe" else None
-    known = [FORMAT, corpus.fingerprint, data.field, data.validation_fraction, data.tokenizer, size]
+    known = [FORMAT, corpus.fingerprint, data.row_field, data.validation_fraction, data.tokenizer, size]
+    known += [] if data.format == "text" else [data.format]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
@@ -79,9 +82,10 @@ def _build(data: DataConfig, corpus: Corpus, home: Path, shards: Path, progress:
 
 
 def _tokenizer(data: DataConfig, corpus: Corpus, progress: Progress | None) -> Tokenizer:
+    chat = data.format == "chat"
     if data.tokenizer == "bytes":
-        return ByteTokenizer()
-    return train_bpe(_training_text(corpus, progress), data.bpe_vocab_size)
+        return ByteTokenizer(chat=chat)
+    return train_bpe(_training_text(corpus, progress), data.bpe_vocab_size, chat=chat)
 
 
 def _training_text(corpus: Corpus, progress: Progress | None) -> Iterator[str]:
@@ -90,7 +94,10 @@ def _training_text(corpus: Corpus, progress: Progress | None) -> Iterator[str]:
         if document.validation:
             continue
         for piece in document.pieces:
-            yield piece.decode("utf-8")
+            if corpus.chat:
+                yield from (message["content"] for message in from_bytes(piece))
+            else:
+                yield piece.decode("utf-8")
             done += len(piece)
             if done >= BPE_BYTES:
                 return
@@ -115,6 +122,8 @@ class Rows:
     Packed: row i holds tokens i·T … i·T + T of the whole stream, so every token but the first is the label of exactly
     one row. Not packed: the same within each document, one piece of a document a row. The last row is padded.
     Nothing predicts the first token of a document when documents are isolated; its eos id is predicted like any token.
+    Of conversations only what the split's mask counts is a label. Where a row ends inside of one, the next row goes on
+    without what was before.
     """
 
     def __init__(self, split: Split, *, seq_len: int, packing: bool = True, isolate_documents: bool = True) -> None:
@@ -135,7 +144,8 @@ class Rows:
         real = at < self._offsets[stretch + 1][:, None]
         eos = self.split.eos_id
         ids = np.where(real, self.split.read(np.minimum(at, self.split.n_tokens - 1)), eos)
-        tokens, labels = ids[:, :-1].copy(), np.where(real[:, 1:], ids[:, 1:], NO_LABEL)
+        counted = real[:, 1:] & self.split.counts(np.minimum(at, self.split.n_tokens - 1)[:, 1:])
+        tokens, labels = ids[:, :-1].copy(), np.where(counted, ids[:, 1:], NO_LABEL)
         ends = (tokens == eos) & self.isolate
         labels[ends] = NO_LABEL
         documents = np.where(real[:, :-1], np.cumsum(ends, axis=1) - ends, PADDING)

@@ -8,7 +8,7 @@ import numpy as np
 from ritornello.config import DataConfig, require
 from ritornello.train.corpus import open_corpus, stamp
 from ritornello.train.data import Rows, prepare
-from ritornello.train.shards import Progress, Split
+from ritornello.train.shards import Encoded, Mask, Progress, Split, encode
 from ritornello.train.tokenizer import Tokenizer
 from ritornello.train.trainer import CACHE
 
@@ -49,16 +49,20 @@ def of_files(path: str | Path, data: DataConfig, tokenizer: Tokenizer) -> HeldOu
     """
     path = Path(path).absolute()  # or "stdlib" would be no file's name
     require(path.exists(), "data", str(path), "a .txt, .jsonl or .parquet file or a folder of them")
-    before, eos = stamp(path), np.array([tokenizer.eos_id], np.uint32)
-    corpus = open_corpus(str(path), field=data.field, validation_fraction=0.0, utf8=data.tokenizer == "bpe")
-    tokens, offsets = [np.empty(0, np.uint32)], [0]
+    before, end = stamp(path), Encoded(np.array([tokenizer.eos_id]), np.zeros(1, np.uint8), 0)
+    chat = data.format == "chat"
+    corpus = open_corpus(str(path), field=data.field, validation_fraction=0.0, utf8=data.tokenizer == "bpe", chat=chat)
+    found, offsets = [], [0]
     for document in corpus.documents():
-        pieces = [ids.astype(np.uint32) for ids in tokenizer.encode_batch(list(document.pieces))]
-        if n := sum(map(len, pieces)):
-            tokens += [*pieces, eos]
+        pieces = encode(list(document.pieces), tokenizer, is_chat=chat)
+        if n := sum(len(piece.ids) for piece in pieces):
+            found += [*pieces, end]
             offsets.append(offsets[-1] + n + 1)
     require(len(offsets) > 1, "data", str(path), "not without text")
-    split = Split(path, np.concatenate(tokens), np.array(offsets), tokenizer.byte_lengths, corpus.n_bytes, before)
+    ids = np.concatenate([piece.ids.astype(np.uint32) for piece in found])
+    mask = Mask(path, np.concatenate([piece.mask for piece in found]), before) if chat else None
+    n_bytes = sum(piece.n_bytes for piece in found)
+    split = Split(path, ids, np.array(offsets), tokenizer.byte_lengths, n_bytes, before, mask)
     return HeldOut(_rows(split, data), corpus.fingerprint)
 
 

@@ -3,6 +3,7 @@
 ```
 train.tokens  validation.tokens     ids, little-endian uint16 (uint32 above 65,536), each document closed by its eos id
 train.offsets validation.offsets    first token of each document and the total, little-endian int64
+train.mask    validation.mask       of conversations only: a byte for each id, 1 where the loss counts it
 tokenizer.json  meta.json           meta.json, with sizes and sha256 of everything, is written last
 ```
 """
@@ -10,9 +11,10 @@ tokenizer.json  meta.json           meta.json, with sizes and sha256 of everythi
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 
 from ritornello.config import require, require_choice, require_int
 from ritornello.recipes import read_text
-from ritornello.train import files
+from ritornello.train import chat, files
 from ritornello.train.corpus import Corpus, Document, require_unchanged, stamp
 from ritornello.train.tokenizer import MAX_BYTES, Tokenizer, from_json
 
@@ -40,8 +42,9 @@ class Split:
     tokens: np.ndarray  # (n_tokens,) memory-mapped
     offsets: np.ndarray  # (n_documents + 1,) int64, memory-mapped
     byte_lengths: np.ndarray  # (vocab_size,) int64: bytes of text per id; 0 for the end of a document
-    n_bytes: int  # of text
+    n_bytes: int  # of text that the loss counts
     before: tuple[int, int, int]  # the `stamp` of the file when it was opened
+    mask: "Mask | None" = None  # None: the loss counts every id
 
     @property
     def n_tokens(self) -> int:
@@ -51,17 +54,35 @@ class Split:
     def n_documents(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def eos_id(self) -> int:
-        return len(self.byte_lengths) - 1
+        """The first id without text."""
+        return int((self.byte_lengths == 0).argmax())
 
     def read(self, at: np.ndarray) -> np.ndarray:
         """Ids (int64) at the places `at`. Raises ValueError if the file changed since it was opened."""
         require_unchanged(self.path, self.before)  # reading past a shortened file would end the process
         ids = self.tokens[at].astype(np.int64)
-        if (ids > self.eos_id).any():
-            _require_ids(ids.ravel(), at.ravel(), self.eos_id, self.path)
+        largest = len(self.byte_lengths) - 1
+        if (ids > largest).any():
+            _require_ids(ids.ravel(), at.ravel(), largest, self.path)
         return ids
+
+    def counts(self, at: np.ndarray) -> np.ndarray:
+        """Where the loss counts the ids at the places `at`: bool."""
+        if self.mask is None:
+            return np.ones(at.shape, np.bool_)
+        require_unchanged(self.mask.path, self.mask.before)
+        return self.mask.values[at] != 0
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which ids of a split the loss counts: values (n_tokens,) uint8, 0 or 1, memory-mapped; else as in Split."""
+
+    path: Path
+    values: np.ndarray
+    before: tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,25 +98,64 @@ class Dataset:
     held_out: tuple[str, ...]  # packages or text files that are validation text
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A piece of a document: ids (n,), where the loss counts them (n,) uint8 (None: everywhere), and bytes of text that
+    it counts."""
+
+    ids: np.ndarray
+    mask: np.ndarray | None
+    n_bytes: int
+
+
+def encode(pieces: Sequence[bytes], tokenizer: Tokenizer, *, is_chat: bool) -> list[Encoded]:
+    """Of pieces of a corpus' documents, one apiece."""
+    if not is_chat:
+        found = zip(tokenizer.encode_batch(pieces), pieces, strict=True)
+        return [Encoded(ids, None, len(piece)) for ids, piece in found]
+    both = (chat.encode_chat(chat.from_bytes(piece), tokenizer) for piece in pieces)
+    return [Encoded(ids, mask.view(np.uint8), int(tokenizer.byte_lengths[ids[mask]].sum())) for ids, mask in both]
+
+
+@dataclass(eq=False)
+class _MaskWriter:
+    out: files.Writer
+    digest: Any = field(default_factory=hashlib.sha256)
+    waiting: list[bytes] = field(default_factory=list)
+
+    def add(self, mask: np.ndarray) -> None:
+        self.waiting.append(mask.tobytes())
+
+    def flush(self) -> None:
+        data = b"".join(self.waiting)
+        self.digest.update(data)
+        self.out.write(data)
+        self.waiting.clear()
+
+
 @dataclass(eq=False)
 class _SplitWriter:
     out: files.Writer
     dtype: np.dtype
     eos_id: int
+    mask: "_MaskWriter | None" = None
     offsets: array = field(default_factory=lambda: array("q", [0]))
     digest: Any = field(default_factory=hashlib.sha256)
     waiting: list[np.ndarray] = field(default_factory=list)
     n_tokens: int = 0
     n_bytes: int = 0
 
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        self.waiting.append(ids.astype(self.dtype))
-        self.n_tokens += len(ids)
-        self.n_bytes += n_bytes
+    def add(self, piece: Encoded) -> None:
+        self.waiting.append(piece.ids.astype(self.dtype))
+        self.n_tokens += len(piece.ids)
+        self.n_bytes += piece.n_bytes
+        if self.mask is not None:
+            assert piece.mask is not None
+            self.mask.add(piece.mask)
 
     def end_document(self) -> None:
         if self.n_tokens > self.offsets[-1]:  # a document without text has nothing to predict
-            self.add(np.array([self.eos_id]), 0)
+            self.add(Encoded(np.array([self.eos_id]), np.zeros(1, np.uint8), 0))  # of a chat, `<|end|>` was the end
             self.offsets.append(self.n_tokens)
 
     def flush(self) -> None:
@@ -103,6 +163,8 @@ class _SplitWriter:
         self.digest.update(data)
         self.out.write(data)
         self.waiting.clear()
+        if self.mask is not None:
+            self.mask.flush()
 
 
 def build(corpus: Corpus, tokenizer: Tokenizer, directory: Path, progress: Progress | None = None) -> None:
@@ -117,6 +179,9 @@ def build(corpus: Corpus, tokenizer: Tokenizer, directory: Path, progress: Progr
     with ExitStack() as stack:
         outs = [stack.enter_context(files.create(directory / f"{name}.tokens")) for name in SPLITS]
         writers = [_SplitWriter(out, dtype, tokenizer.eos_id) for out in outs]
+        for name, writer in zip(SPLITS, writers, strict=True):
+            if corpus.chat:
+                writer.mask = _MaskWriter(stack.enter_context(files.create(directory / f"{name}.mask")))
         _tokenise(corpus, tokenizer, writers, progress)
     for path, before in corpus.files.items():
         require_unchanged(path, before)
@@ -133,12 +198,12 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, writers: list[_SplitWriter],
     done = 0
     for batch in _batches(corpus.documents()):
         texts = [piece for _, piece in batch if piece is not None]
-        ids = iter(tokenizer.encode_batch(texts))
+        found = iter(encode(texts, tokenizer, is_chat=corpus.chat))
         for validation, piece in batch:
             if piece is None:
                 writers[validation].end_document()
             else:
-                writers[validation].add(next(ids), len(piece))
+                writers[validation].add(next(found))
         for writer in writers:
             writer.flush()
         done += sum(map(len, texts))
@@ -173,7 +238,7 @@ def _meta(corpus: Corpus, tokenizer: Tokenizer, writers: list[_SplitWriter]) -> 
             "n_bytes": writer.n_bytes,
             "tokens_sha256": writer.digest.hexdigest(),
             "offsets_sha256": hashlib.sha256(_offsets(writer)).hexdigest(),
-        }
+        } | ({} if writer.mask is None else {"mask_sha256": writer.mask.digest.hexdigest()})
     meta = {
         "format": FORMAT,
         "dtype": writers[0].dtype.str,
@@ -220,9 +285,18 @@ def _open_split(directory: Path, name: str, meta: dict[str, Any], tokenizer: Tok
     tokens = _map(path, np.dtype(meta["dtype"]), known["n_tokens"])
     offsets = _map(index, np.dtype("<i8"), known["n_documents"] + 1)
     if verify:
-        _require_digest(path, _scan(path, tokens.dtype, tokenizer.eos_id), known["tokens_sha256"])
+        _require_digest(path, _scan(path, tokens.dtype, tokenizer.vocab_size - 1), known["tokens_sha256"])
         _require_digest(index, hashlib.sha256(index.read_bytes()).hexdigest(), known["offsets_sha256"])
-    return Split(path, tokens, offsets, tokenizer.byte_lengths, known["n_bytes"], before)
+    mask = _open_mask(directory / f"{name}.mask", known, verify) if "mask_sha256" in known else None
+    return Split(path, tokens, offsets, tokenizer.byte_lengths, known["n_bytes"], before, mask)
+
+
+def _open_mask(path: Path, known: dict[str, Any], verify: bool) -> Mask:
+    before = stamp(path)
+    values = _map(path, np.dtype(np.uint8), known["n_tokens"])
+    if verify:
+        _require_digest(path, _scan(path, values.dtype, 1), known["mask_sha256"])
+    return Mask(path, values, before)
 
 
 def _map(path: Path, dtype: np.dtype, n: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Text to token ids and back, without loss.
 
-A tokenizer knows one id that no text can produce: the end of a document. Nothing else is special, so text that looks
-like a special token stays text.
+A tokenizer knows one id that no text can produce: the end of a document; in its chat form four more, which mark who
+speaks and where a message ends. Nothing else is special, so text that looks like a special token stays text.
 """
 
 import codecs
@@ -21,15 +21,19 @@ from ritornello.config import require, require_int
 
 MAX_BYTES = 100_000_000  # of a tokenizer or a list of files, far beyond any real one
 LONG_WORD = re.compile(r"(\S{1000})")
+ROLES = ("system", "user", "assistant")
+CHAT_TOKENS = (*(f"<|{role}|>" for role in ROLES), "<|end|>")  # as other programs spell them; here they have no text
 
 
 class Tokenizer(ABC):
-    """Ids 0 … vocab_size − 2 stand for bytes of UTF-8; the last, `eos_id`, ends a document and has no text."""
+    """Ids 0 … `eos_id` − 1 stand for bytes of UTF-8. Those from `eos_id` on have no text: it ends a document, and those
+    of CHAT_TOKENS follow in the chat form, `chat_ids` by name. So a text's ids are the same in either form."""
 
-    def __init__(self, token_bytes: Sequence[bytes]) -> None:
-        self.token_bytes = (*token_bytes, b"")
+    def __init__(self, token_bytes: Sequence[bytes], *, chat: bool = False) -> None:
+        self.eos_id = len(token_bytes)
+        self.chat_ids = {name: self.eos_id + 1 + i for i, name in enumerate(CHAT_TOKENS if chat else ())}
+        self.token_bytes = (*token_bytes, *[b""] * (1 + len(self.chat_ids)))
         self.vocab_size = len(self.token_bytes)
-        self.eos_id = self.vocab_size - 1
         self.byte_lengths = np.array([len(text) for text in self.token_bytes], dtype=np.int64)  # (vocab_size,)
 
     @abstractmethod
@@ -40,8 +44,12 @@ class Tokenizer(ABC):
     def to_json(self) -> str:
         """What `from_json` turns into an equal tokenizer."""
 
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.chat_ids)
+
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, never `eos_id`. Raises ValueError on a lone surrogate, which no UTF-8 can hold."""
+        """Ids of `text`, all below `eos_id`. Raises ValueError on a lone surrogate, which no UTF-8 can hold."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -50,10 +58,10 @@ class Tokenizer(ABC):
         return self.encode_batch([data])[0].tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, end-of-document ids left out. Raises ValueError on an id outside the vocabulary."""
+        """The bytes of `ids`; those from `eos_id` on have none. Raises ValueError on an id outside the vocabulary."""
         known = [operator.index(i) for i in ids]
         bad = next((i for i in known if not 0 <= i < self.vocab_size), None)
-        require(bad is None, "token id", bad, f"in [0, {self.eos_id}]")
+        require(bad is None, "token id", bad, f"in [0, {self.vocab_size - 1}]")
         return b"".join([self.token_bytes[i] for i in known])
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
@@ -64,24 +72,25 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """One id per byte: 256 and the end of a document."""
 
-    def __init__(self) -> None:
-        super().__init__([bytes([i]) for i in range(256)])
+    def __init__(self, *, chat: bool = False) -> None:
+        super().__init__([bytes([i]) for i in range(256)], chat=chat)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(text, dtype=np.uint8) for text in texts]
 
     def to_json(self) -> str:
-        return json.dumps({"type": "bytes"})
+        return json.dumps({"type": "bytes"} | ({"chat": True} if self.is_chat else {}))
 
 
 @final
 class BpeTokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al., 1508.07909; bytes as in GPT-2), run by `tokenizers`."""
 
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], *, chat: bool = False) -> None:
         """`vocab`: piece to id, in GPT-2's spelling of bytes; `merges`: pairs in the order of their learning."""
         byte_of = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
-        super().__init__([bytes(map(byte_of.__getitem__, piece)) for piece in sorted(vocab, key=vocab.__getitem__)])
+        pieces = sorted(vocab, key=vocab.__getitem__)
+        super().__init__([bytes(map(byte_of.__getitem__, piece)) for piece in pieces], chat=chat)
         self._hf = _byte_level(models.BPE(vocab=dict(vocab), merges=list(merges)))
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -89,7 +98,8 @@ class BpeTokenizer(Tokenizer):
         return [np.array(found.ids, dtype=np.uint32) for found in self._hf.encode_batch_fast(decoded)]
 
     def to_json(self) -> str:
-        return self._hf.to_str()
+        text = self._hf.to_str()
+        return json.dumps({**json.loads(text), "chat": True}, ensure_ascii=False) if self.is_chat else text
 
 
 @final
@@ -109,21 +119,28 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-    """Learn a BPE of at most `vocab_size` ids, the end of a document included; fewer where the text has fewer pairs.
+def train_bpe(texts: Iterable[str], vocab_size: int, *, chat: bool = False) -> BpeTokenizer:
+    """Learn a BPE of at most `vocab_size` ids, those without text included; fewer where the text has fewer pairs.
 
     Equal texts give an equal tokenizer, whatever the number of threads.
     """
-    require_int("vocab_size", vocab_size, 257)
+    n_special = 1 + chat * len(CHAT_TOKENS)
+    require_int("vocab_size", vocab_size, 256 + n_special)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
+        vocab_size=vocab_size - n_special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[],
         show_progress=False,
     )
     hf = _byte_level(models.BPE())
     hf.train_from_iterator(chain.from_iterable(map(_short_words, texts)), trainer)
-    return _bpe_from(json.loads(hf.to_str()))
+    return _bpe_from(json.loads(hf.to_str()), chat=chat)
+
+
+def extends(tokenizer_json: str, other_json: str) -> bool:
+    """Whether the first tokenizer gives every id of the second the same meaning: it is the same, or its chat form."""
+    one, other = (json.loads(from_json(text).to_json()) for text in (tokenizer_json, other_json))
+    return one == other or one == {**other, "chat": True}
 
 
 def _short_words(text: str) -> list[str]:
@@ -139,14 +156,16 @@ def from_json(text: str) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer.json: must be JSON; {error}") from error
     require(isinstance(found, dict), "tokenizer.json", found, "an object")
+    chat = "chat" in found
+    require(found.pop("chat", True) is True, "tokenizer.json chat", json.loads(text).get("chat"), "true, or left out")
     if found == {"type": "bytes"}:
-        return ByteTokenizer()
+        return ByteTokenizer(chat=chat)
     kind = found.get("model", {}).get("type") if isinstance(found.get("model"), dict) else found.get("type")
     require(kind == "BPE", "tokenizer.json type", kind, "'bytes' or a 'BPE' model")
-    return _bpe_from(found)
+    return _bpe_from(found, chat=chat)
 
 
-def _bpe_from(found: dict[str, Any]) -> BpeTokenizer:
+def _bpe_from(found: dict[str, Any], *, chat: bool) -> BpeTokenizer:
     """Everything but vocabulary and merges is fixed: a normalizer would lose text, an added token would be special."""
     for name in ("added_tokens", "normalizer", "post_processor"):
         require(not found.get(name), f"tokenizer.json {name}", found.get(name), "empty")
@@ -157,7 +176,7 @@ def _bpe_from(found: dict[str, Any]) -> BpeTokenizer:
     vocab, merges = found["model"].get("vocab"), found["model"].get("merges")
     _check_vocab(vocab)
     require(isinstance(merges, list), "tokenizer.json merges", merges, "a list of pairs")
-    return BpeTokenizer(vocab, [_merge(pair, vocab) for pair in merges])
+    return BpeTokenizer(vocab, [_merge(pair, vocab) for pair in merges], chat=chat)
 
 
 def _check_vocab(vocab: Any) -> None:

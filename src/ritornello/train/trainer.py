@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,8 @@ class Trainer:
         _require_same("model", found.recipe.model, self.recipe.model, "a run keeps its model")
         if not other_data:
             remedy = "--other-data (other_data=True) continues on other data"
-            _require_same("data", found.recipe.data, self.recipe.data, remedy)
+            saved, given = (replace(data, field=data.row_field) for data in (found.recipe.data, self.recipe.data))
+            _require_same("data", saved, given, remedy)
             ok = found.manifest.fingerprint == self.dataset.fingerprint
             require(ok, "data fingerprint", self.dataset.fingerprint, f"{found.manifest.fingerprint}", remedy)
         own, whole = self.model.state_dict(), self.world.ring is None  # or what one stage has

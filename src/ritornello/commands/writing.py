@@ -1,0 +1,90 @@
+"""What the verbs that write have in common: the model, its depth, how it chooses tokens."""
+
+import sys
+from abc import ABC
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from tyro.conf import Positional, arg
+
+from ritornello.commands import INTEGER, REAL, Command, option
+from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+
+CALIBRATED = "calibrated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing(Command, ABC):
+    path: Annotated[
+        Positional[Path],
+        arg(metavar="RUN", help="A run, one of its checkpoints, or `python`, a model that comes along."),
+    ]
+    loops: Annotated[int | None, INTEGER, option("Depth; with --exit the most it may reach.")] = None
+    exit: Annotated[
+        str | None,
+        option("Stop early: hazard, cumulative, kl, delta, entropy; or calibrated, as was found.", metavar="RULE"),
+    ] = None
+    exit_threshold: Annotated[float | None, REAL, option("When --exit stops; each rule has its own.")] = None
+    min_loops: Annotated[int, INTEGER, option("With --exit: no token leaves before.")] = 1
+    loop_budget: Annotated[float | None, REAL, option("Loops of a written token in the mean, at most.")] = None
+    draft_loops: Annotated[int | None, INTEGER, option("So many loops guess, full depth decides: the same text.")] = (
+        None
+    )
+    draft_tokens: Annotated[int | None, INTEGER, option("Tokens to guess at a time; 4 if not given.")] = None
+    max_tokens: Annotated[int, INTEGER, option("Tokens to write at most.")] = 256
+    temperature: Annotated[float, REAL, option("0 always takes the likeliest token.")] = 0.8
+    top_k: Annotated[int | None, INTEGER, option("Sample from the N likeliest tokens.")] = None
+    top_p: Annotated[float | None, REAL, option("Sample from the likeliest tokens that sum to N.")] = None
+    min_p: Annotated[float | None, REAL, option("Drop tokens below N times the likeliest.")] = None
+    seed: Annotated[int, INTEGER, option("The same seed writes the same text.")] = 0
+    device: Annotated[str, option("auto, cuda, mps or cpu.", metavar="NAME")] = "auto"
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.exit == CALIBRATED
+
+    def check_depth(self) -> None:
+        """What can be told before the model is read."""
+        self.exit_rule()
+        if self.loops is not None:
+            require_int("--loops", self.loops, 1, MAX_LOOPS)
+        ok = self.draft_tokens is None or self.draft_loops is not None
+        require(ok, "--draft-tokens", self.draft_tokens, "used with --draft-loops")
+
+    def load(self) -> Any:
+        from ritornello.commands.loading import open_model
+
+        return open_model(self.path, device=self.device)
+
+    def wishes(self, loaded: Any) -> dict[str, Any]:
+        """What is asked of the engine, but for the text."""
+        exit_rule, n_loops = self.exit_rule(), self.loops
+        if self.is_calibrated:
+            from ritornello.engine.calibration import calibration_of
+
+            found = calibration_of(loaded)
+            exit_rule, n_loops = found.exit, found.goal.n_loops
+            require(self.loops in (None, n_loops), "--loops", self.loops, f"{n_loops}, which the calibration is for")
+            if not self.common.quiet:
+                print(found, file=sys.stderr)
+        named = ("max_tokens", "loop_budget", "temperature", "top_k", "top_p", "min_p", "seed")
+        wishes = {"n_loops": n_loops, "exit": exit_rule} | {name: getattr(self, name) for name in named}
+        if self.draft_loops is not None:
+            from ritornello.engine.request import Draft
+
+            given = {} if self.draft_tokens is None else {"n_tokens": self.draft_tokens}
+            wishes["draft"] = Draft(n_loops=self.draft_loops, **given)
+        return wishes
+
+    def exit_rule(self) -> ExitRule | None:
+        """None forces the depth, or leaves the rule to a calibration."""
+        if self.exit in (None, CALIBRATED):
+            allowed = "used with --exit RULE" if self.exit is None else "left out: what is calibrated has its own"
+            require(self.min_loops == 1, "--min-loops", self.min_loops, allowed)
+            require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, allowed)
+            return None
+        require_choice("--exit", self.exit, (*get_args(ExitName), CALIBRATED))
+        rule: ExitName = self.exit  # type: ignore[assignment]
+        threshold = DEFAULT_THRESHOLDS[rule] if self.exit_threshold is None else self.exit_threshold
+        return ExitRule(rule, threshold, self.min_loops)
