@@ -66,12 +66,16 @@ def open_corpus(
             return split(_stdlib(), group=_package)
         path = Path(source)
         if path.is_symlink() or path.exists():
-            return split(_listed(path), group=str)
+            return split(listed_files(path), group=str)
     except OSError as error:
         raise ValueError(f"source = {shown(source)}: must be readable; {error}") from error
-    is_name = HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS
-    require(bool(is_name), "source", source, "a file or folder that exists, or a Hugging Face name")
+    require_hub_name(source)
     return _hub(source, field=field, validation_fraction=validation_fraction, offline=offline)
+
+
+def require_hub_name(source: str) -> None:
+    is_name = HUB_NAME.fullmatch(source) and Path(source).suffix.lower() not in READERS
+    require(bool(is_name), "source", source, "a file or folder that exists, or a Hugging Face name")
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
@@ -114,7 +118,7 @@ def _package(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
 
 
-def _listed(root: Path) -> dict[str, Path]:
+def listed_files(root: Path) -> dict[str, Path]:
     """Readable files of a known kind, by name, in sorted order; hidden ones and other kinds are not looked at."""
     if not root.is_dir():
         require(root.suffix.lower() in READERS, "source", str(root), f"a folder or a {NAMES} file")
@@ -169,7 +173,7 @@ def _assemble(
     def documents() -> Iterator[Document]:
         for name, path in files.items():
             if rows := ROWS.get(path.suffix.lower()):
-                yield from _documents(rows(path, field), validation_fraction)
+                yield from row_documents(rows(path, field), validation_fraction)
             elif len(sizes) == 1:
                 yield from _cut_in_two(path, stamps[path][0], validation_fraction, utf8)
             else:
@@ -178,7 +182,7 @@ def _assemble(
     return Corpus(documents, stamps, _fingerprint(files), tuple(sorted(chosen)))
 
 
-def _documents(rows: Iterable[tuple[str, bytes]], validation_fraction: float) -> Iterator[Document]:
+def row_documents(rows: Iterable[tuple[str, bytes]], validation_fraction: float) -> Iterator[Document]:
     """Rows with equal text share a hash, so no copy of a validation document is training text."""
     for name, text in rows:
         share = int.from_bytes(hashlib.sha256(text).digest()[:8]) / 2**64
@@ -210,7 +214,7 @@ def _text(path: Path, start: int, stop: int, validation: bool, utf8: bool) -> Do
     return Document(_printable(path), validation, pieces())
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
@@ -264,7 +268,7 @@ def _jsonl(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
                 len(line) <= MAX_LINE, where, size, f"at most {MAX_LINE} bytes", "cut it, or give it as a .txt file"
             )
             if line.strip():
-                yield where, _row_text(_parsed(line, where), field, where)
+                yield where, row_text(_parsed(line, where), field, where)
 
 
 def _parsed(line: bytes, where: str) -> object:
@@ -281,26 +285,26 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
     number = 0
     try:
         with pq.ParquetFile(path) as table:
-            _require_key(field, table.schema_arrow.names, _printable(path))
+            require_key(field, table.schema_arrow.names, _printable(path))
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0).to_pylist():
                     number += 1
                     where = f"{_printable(path)} row {number}"
-                    yield where, _row_text({field: value}, field, where)
+                    yield where, row_text({field: value}, field, where)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{_printable(path)}: must be a readable Parquet file; {_one_line(error)}") from error
+        raise ValueError(f"{_printable(path)}: must be a readable Parquet file; {one_line(error)}") from error
 
 
-def _require_key(field: str, names: Iterable[object], where: str) -> None:
+def require_key(field: str, names: Iterable[object], where: str) -> None:
     keys = [str(name) for name in names]
     near = get_close_matches(field, keys, n=1)
     remedy = f"did you mean data.field = {near[0]!r}?" if near else f"it has {shown(keys)}"
     require(field in keys, "data.field", field, f"a key of {where}", remedy)
 
 
-def _row_text(row: Any, field: str, where: str) -> bytes:
+def row_text(row: Any, field: str, where: str) -> bytes:
     require(isinstance(row, dict), where, row, f"an object with the key {field!r}")
-    _require_key(field, row, where)
+    require_key(field, row, where)
     require(isinstance(row[field], str), f"{where} {field!r}", row[field], "a string")
     try:
         return row[field].encode("utf-8")
@@ -312,8 +316,8 @@ ROWS: dict[str, Callable[[Path, str], Iterator[tuple[str, bytes]]]] = {".jsonl":
 READERS = (".txt", *ROWS)
 
 
-def _hub(source: str, *, field: str, validation_fraction: float, offline: bool) -> Corpus:
-    """The "train" split of a Hugging Face data set, held on disk by `datasets`; its other splits are not read."""
+def hub_package(source: str, *, offline: bool) -> Any:
+    """`datasets`, which says nothing about its user, and asks nobody for anything when `offline`."""
     try:
         import datasets.config
         import datasets.exceptions
@@ -325,20 +329,26 @@ def _hub(source: str, *, field: str, validation_fraction: float, offline: bool) 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return datasets
+
+
+def _hub(source: str, *, field: str, validation_fraction: float, offline: bool) -> Corpus:
+    """The "train" split of a Hugging Face data set, held on disk by `datasets`; its other splits are not read."""
+    datasets = hub_package(source, offline=offline)
     name, _, config = source.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split="train", keep_in_memory=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         allowed = "in the cache when offline" if offline else "a file, a folder, or a data set that can be loaded"
-        raise ValueError(f"source = {shown(source)}: must be {allowed}; {_one_line(error)}") from error
-    _require_key(field, table.column_names, source)
+        raise ValueError(f"source = {shown(source)}: must be {allowed}; {one_line(error)}") from error
+    require_key(field, table.column_names, source)
 
     def rows() -> Iterator[tuple[str, bytes]]:
         for number, value in enumerate(table[field], 1):
             where = f"{source} row {number}"
-            yield where, _row_text({field: value}, field, where)
+            yield where, row_text({field: value}, field, where)
 
     paths = [Path(found["filename"]) for found in table.cache_files]
     files = {path: stamp(path) for path in paths}
     fingerprint = _fingerprint({str(i): path for i, path in enumerate(paths)})
-    return Corpus(lambda: _documents(rows(), validation_fraction), files, fingerprint, ())
+    return Corpus(lambda: row_documents(rows(), validation_fraction), files, fingerprint, ())

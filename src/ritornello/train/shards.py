@@ -10,7 +10,7 @@ tokenizer.json  meta.json           meta.json, with sizes and sha256 of everythi
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -105,8 +105,16 @@ class _SplitWriter:
         self.waiting.clear()
 
 
-def build(corpus: Corpus, tokenizer: Tokenizer, directory: Path, progress: Progress | None = None) -> None:
+def build(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    directory: Path,
+    progress: Progress | None = None,
+    *,
+    needed: Sequence[str] = SPLITS,
+) -> None:
     """Tokenise `corpus` into `directory`, which exists. Equal input gives equal files, byte for byte.
+    needed: splits that must have text.
 
     Memory: a few times BATCH, and 8 bytes a document.
 
@@ -123,7 +131,7 @@ def build(corpus: Corpus, tokenizer: Tokenizer, directory: Path, progress: Progr
     for name, writer in zip(SPLITS, writers, strict=True):
         n = sum(len(other.offsets) - 1 for other in writers)
         remedy = "give more text, or change data.validation_fraction"
-        require(len(writer.offsets) > 1, f"documents with text in {name}", 0, f"at least 1 of {n}", remedy)
+        require(len(writer.offsets) > 1 or name not in needed, f"documents with text in {name}", 0, f"at least 1 of {n}", remedy)
         files.write_atomic(directory / f"{name}.offsets", _offsets(writer))
     files.write_atomic(directory / "tokenizer.json", tokenizer.to_json().encode())
     files.write_atomic(directory / "meta.json", _meta(corpus, tokenizer, writers))
@@ -229,7 +237,7 @@ def _map(path: Path, dtype: np.dtype, n: int) -> np.ndarray:
     size, expected = path.stat().st_size, n * dtype.itemsize
     allowed = f"{expected} bytes, {n} numbers of type {dtype.str}"
     require(size == expected, f"size of {path.name}", size, allowed, "it is truncated or of another type")
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r") if n else np.empty(0, dtype)
 
 
 def _scan(path: Path, dtype: np.dtype, largest: int) -> str:
