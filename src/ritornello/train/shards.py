@@ -131,7 +131,8 @@ def build(
     for name, writer in zip(SPLITS, writers, strict=True):
         n = sum(len(other.offsets) - 1 for other in writers)
         remedy = "give more text, or change data.validation_fraction"
-        require(len(writer.offsets) > 1 or name not in needed, f"documents with text in {name}", 0, f"at least 1 of {n}", remedy)
+        ok = len(writer.offsets) > 1 or name not in needed
+        require(ok, f"documents with text in {name}", 0, f"at least 1 of {n}", remedy)
         files.write_atomic(directory / f"{name}.offsets", _offsets(writer))
     files.write_atomic(directory / "tokenizer.json", tokenizer.to_json().encode())
     files.write_atomic(directory / "meta.json", _meta(corpus, tokenizer, writers))

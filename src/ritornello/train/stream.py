@@ -80,8 +80,8 @@ class Stream:
 
 
 class Reader:
-    """Passages of a stream from any position. What lies ahead is reached by reading on: to find a place anew, a file may
-    have to be read from its beginning."""
+    """Passages of a stream from any position. What lies ahead is reached by reading on: to find a place anew, a file
+    may have to be read from its beginning."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream, self.position = stream, Position()
@@ -107,7 +107,7 @@ def open_stream(data: DataConfig, *, offline: bool = False) -> Stream:
         ValueError: nothing of that kind there.
     """
     path = Path(data.source)
-    require(bool(data.source), "source", data.source, "a .jsonl or .parquet file, a folder of them, or a data set's name")
+    require(bool(data.source), "source", data.source, "a file, a folder or a data set's name")
     try:
         if path.is_symlink() or path.exists():
             files = listed_files(path)
