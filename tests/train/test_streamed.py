@@ -23,6 +23,12 @@ STEPS = 120  # of 3 rows: the 60 documents more than twice
 Open = Callable[..., Streamed]
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is cut here; a block of this size is mostly syncing."""
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
     """Blocks of about 14 documents and 30 rows."""
@@ -60,8 +66,10 @@ def texts(dataset: Any, split: Split) -> list[str]:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_blocks_are_the_training_text_in_order(config: DataConfig, opened: Open, tmp_path: Path, tokenizer: str) -> None:
-    """Every document once in each pass over the source, and validation text never."""
+def test_blocks_are_the_training_text_in_order(
+    config: DataConfig, opened: Open, tmp_path: Path, tokenizer: str
+) -> None:
+    """In order: every document once in each pass over the source, and validation text never."""
     how: Any = {"tokenizer": tokenizer, "bpe_vocab_size": 300}
     plain, streamed = prepare(replace(config, streaming=False, **how), tmp_path / "cache"), opened(**how)
     known, found, row, sizes = texts(plain, plain.train), list[str](), 0, []
@@ -84,7 +92,7 @@ def test_a_batch_is_a_function_of_stream_seed_and_step(opened: Open, packing: bo
     reader = of(dataset)
     whole = [reader.batch(step) for step in range(STEPS)]
     assert [batch.indices.tolist() for batch in whole] == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(STEPS)]
-    number, entry = dataset.blocks.holding(3 * STEPS)
+    number, _ = dataset.blocks.holding(3 * STEPS)
     assert number > 8 and any(e.first_row % 3 for e in dataset.blocks._entries[1:])  # batches of two blocks were read
     rows = np.concatenate([batch.tokens for batch in whole])[: dataset.blocks._entries[0].n_rows]
     in_order = dataset.blocks.rows(0).read(np.arange(len(rows))).tokens
@@ -133,7 +141,8 @@ def test_old_blocks_go_unless_they_are_read(opened: Open, tmp_path: Path) -> Non
         most = max(most, len(kept(tmp_path)))
     last, _ = fast.blocks.holding(3 * STEPS - 1)
     fast.blocks.close()
-    assert reads in kept(tmp_path) and {0, last} <= set(kept(tmp_path)) and most <= 7 < last
+    assert reads in kept(tmp_path) and {0, last} <= set(kept(tmp_path))
+    assert most <= 8 < last  # the first one; of each run two, the next one and one that is about to go
     alone = of(opened("alone"))
     assert all(equal(slow.batch(step), alone.batch(step)) for step in range(28, 60))  # makes those again that went
     assert len(before) == 30 and reads not in kept(tmp_path)
@@ -185,7 +194,7 @@ def test_a_change_of_the_source_is_seen(opened: Open, config: DataConfig) -> Non
     reader = of(opened())
     time.sleep(0.05)
     Path(config.source).touch()
-    with pytest.raises(ValueError, match="text0.jsonl = 'changed or removed': must be left alone while it is read"):
+    with pytest.raises(ValueError, match=r"text0.jsonl = 'changed or removed': must be left alone while it is read"):
         [reader.batch(step) for step in range(STEPS)]
 
 
@@ -215,7 +224,7 @@ def test_resumed_equals_uninterrupted(config: DataConfig, tmp_path: Path) -> Non
     assert rows.split.n_bytes == dataset.validation.n_bytes
     source = str(text_file(tmp_path, seed=1))
     changed = replace(given, data=replace(config, source=source))
-    with pytest.raises(ValueError, match="data.source = "):
+    with pytest.raises(ValueError, match=r"data.source = "):
         run(changed, tmp_path, "parts", resume=True)
     Path(config.source).write_bytes(Path(source).read_bytes())
     with pytest.raises(ValueError, match="data fingerprint = "):

@@ -3,8 +3,8 @@
 ```
 <cache>/<key>/blocks/000012.json    where block 12 ends in the stream and how many rows it has: kept, so that the next
                                     block can be made, and this one again
-<cache>/<key>/blocks/000012/        its shards: kept of the first block, whose validation text is the run's, and of the
-                                    last two; nobody removes a block that a process reads
+<cache>/<key>/blocks/000012/        its shards: kept of the first block, whose validation text is the run's, and while
+                                    it is one of the last or a process reads it
 ```
 """
 
