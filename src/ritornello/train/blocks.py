@@ -81,8 +81,10 @@ class Blocks:
 
     def holding(self, row: int) -> tuple[int, Entry]:
         """The block that has a row of the stream, counted from its beginning, and its number."""
+        start = time.perf_counter()
         while not self._entries or self._entries[-1].end_row <= row:
             self._entries.append(self._known(len(self._entries)))
+        self.waited += time.perf_counter() - start
         number = bisect_right(self._entries, row, key=lambda entry: entry.first_row) - 1
         return number, self._entries[number]
 
@@ -132,7 +134,9 @@ class Blocks:
 
     def _known(self, number: int) -> Entry:
         record = self._path(number).with_suffix(".json")
-        if not record.exists():
+        if not record.exists() and self._next is not None and self._next[0] == number:
+            self._next[1].result()
+        elif not record.exists():
             self._make(number, self._before(number))
         return _read(record)
 
