@@ -181,8 +181,9 @@ class Blocks:
                 files.write_atomic(record, json.dumps(asdict(entry)).encode())
 
     def _documents(self, number: int, start: Position) -> Iterator[Document]:
-        """Of one block. The first has the run's validation text; other documents of its kind are nobody's text."""
-        size = 0
+        """Of one block. The first has the run's validation text, and goes on until there is some; other documents of its
+        kind are nobody's text."""
+        size, held = 0, number > 0
         for position, document, n_bytes in self._reader.passages(start):
             if self._ended.is_set():
                 raise AbandonedError
@@ -190,8 +191,9 @@ class Blocks:
                 size += n_bytes
                 yield document
             elif number == 0 and position.epoch == 0:
+                held |= n_bytes > 0
                 yield document
-            if size >= self._data.stream_bytes:
+            if size >= self._data.stream_bytes and (held or position.epoch):
                 return
 
     def _tokenizer(self, number: int) -> Tokenizer:

@@ -284,7 +284,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, bytes]]:
 
     number = 0
     try:
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:  # else all of it is kept in memory
             require_key(field, table.schema_arrow.names, _printable(path))
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0).to_pylist():
