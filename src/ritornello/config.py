@@ -332,10 +332,13 @@ class DataConfig:
     validation_fraction: float = 0.1  # of documents; "stdlib" splits by package instead
     packing: bool = True  # False: one document a row, padded
     isolate_documents: bool = True  # attention never crosses a document boundary
+    streaming: bool = False  # rows are tokenised as they are needed, a block at a time, and shuffled within it
+    stream_bytes: int = 1 << 26  # of training text in a block, whole documents
 
     def __post_init__(self) -> None:
         require_kinds(self)
         require_int("seq_len", self.seq_len, 1)
+        require_int("stream_bytes", self.stream_bytes, 1)
         require_int("bpe_vocab_size", self.bpe_vocab_size, 260, 2**31)
         require_float("validation_fraction", self.validation_fraction, 0, 0.9, open_low=True)
 

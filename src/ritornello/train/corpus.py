@@ -30,7 +30,7 @@ NOT_STDLIB = re.compile(r"tests?|idle_test|site-packages|dist-packages|encodings
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """What is read of a row."""
 
     name: str
@@ -79,7 +79,7 @@ def open_corpus(
             the message names the file and the place.
     """
     require(bool(source), "source", source, "a file, a folder, a data set's name or 'stdlib'")
-    column = _Column(field or ROW_FIELDS["chat" if chat else "text"], chat)
+    column = Column(field or ROW_FIELDS["chat" if chat else "text"], chat)
     split = partial(_assemble, column=column, validation_fraction=validation_fraction, utf8=utf8)
     try:
         if source == "stdlib":
@@ -87,12 +87,16 @@ def open_corpus(
             return split(_stdlib(), group=_package)
         path = Path(source)
         if path.is_symlink() or path.exists():
-            return split(_listed(path), group=str)
+            return split(listed_files(path), group=str)
     except OSError as error:
         raise ValueError(f"source = {shown(source)}: must be readable; {error}") from error
-    is_name = HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS
-    require(bool(is_name), "source", source, "a file or folder that exists, or a Hugging Face name")
+    require_hub_name(source)
     return _hub(source, column=column, validation_fraction=validation_fraction, offline=offline)
+
+
+def require_hub_name(source: str) -> None:
+    is_name = HUB_NAME.fullmatch(source) and Path(source).suffix.lower() not in READERS
+    require(bool(is_name), "source", source, "a file or folder that exists, or a Hugging Face name")
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
@@ -135,7 +139,7 @@ def _package(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
 
 
-def _listed(root: Path) -> dict[str, Path]:
+def listed_files(root: Path) -> dict[str, Path]:
     """Readable files of a known kind, by name, in sorted order; hidden ones and other kinds are not looked at."""
     if not root.is_dir():
         require(root.suffix.lower() in READERS, "source", str(root), f"a folder or a {NAMES} file")
@@ -178,7 +182,7 @@ def _fingerprint(files: Mapping[str, Path]) -> str:
 
 
 def _assemble(
-    files: Mapping[str, Path], *, group: Callable[[str], str], column: _Column, validation_fraction: float, utf8: bool
+    files: Mapping[str, Path], *, group: Callable[[str], str], column: Column, validation_fraction: float, utf8: bool
 ) -> Corpus:
     stamps = {path: stamp(path) for path in files.values()}
     sizes: dict[str, int] = {}
@@ -193,7 +197,7 @@ def _assemble(
     def documents() -> Iterator[Document]:
         for name, path in files.items():
             if rows := ROWS.get(path.suffix.lower()):
-                yield from _documents(rows(path, column), validation_fraction, column.chat)
+                yield from row_documents(rows(path, column), validation_fraction, column.chat)
             elif len(sizes) == 1:
                 yield from _cut_in_two(path, stamps[path][0], validation_fraction, utf8)
             else:
@@ -202,7 +206,7 @@ def _assemble(
     return Corpus(documents, stamps, _fingerprint(files), tuple(sorted(chosen)), column.chat)
 
 
-def _documents(rows: Iterable[tuple[str, bytes]], validation_fraction: float, chat: bool) -> Iterator[Document]:
+def row_documents(rows: Iterable[tuple[str, bytes]], validation_fraction: float, chat: bool) -> Iterator[Document]:
     """Rows with equal text share a hash, so no copy of a validation document is training text."""
     for name, text in rows:
         share = int.from_bytes(hashlib.sha256(text).digest()[:8]) / 2**64
@@ -235,7 +239,7 @@ def _text(path: Path, start: int, stop: int, validation: bool, utf8: bool) -> Do
     return Document(_printable(path), validation, pieces())
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
@@ -278,7 +282,7 @@ def _boundary(data: bytes) -> int:
     return len(data)
 
 
-def _jsonl(path: Path, column: _Column) -> Iterator[tuple[str, bytes]]:
+def _jsonl(path: Path, column: Column) -> Iterator[tuple[str, bytes]]:
     number = 0
     with path.open("rb") as stream:
         while line := stream.readline(MAX_LINE + 1):
@@ -289,7 +293,7 @@ def _jsonl(path: Path, column: _Column) -> Iterator[tuple[str, bytes]]:
                 len(line) <= MAX_LINE, where, size, f"at most {MAX_LINE} bytes", "cut it, or give it as a .txt file"
             )
             if line.strip():
-                yield where, _row(_parsed(line, where), column, where)
+                yield where, row_bytes(_parsed(line, where), column, where)
 
 
 def _parsed(line: bytes, where: str) -> object:
@@ -299,34 +303,34 @@ def _parsed(line: bytes, where: str) -> object:
         raise ValueError(f"{where} = {shown(line)}: must be a JSON object in UTF-8; {error}") from error
 
 
-def _parquet(path: Path, column: _Column) -> Iterator[tuple[str, bytes]]:
+def _parquet(path: Path, column: Column) -> Iterator[tuple[str, bytes]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as table:
-            _require_key(column.name, table.schema_arrow.names, _printable(path))
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as table:  # else all of it is kept in memory
+            require_key(column.name, table.schema_arrow.names, _printable(path))
             for batch in table.iter_batches(batch_size=256, columns=[column.name]):
                 for value in batch.column(0).to_pylist():
                     number += 1
                     where = f"{_printable(path)} row {number}"
-                    yield where, _row({column.name: value}, column, where)
+                    yield where, row_bytes({column.name: value}, column, where)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{_printable(path)}: must be a readable Parquet file; {_one_line(error)}") from error
+        raise ValueError(f"{_printable(path)}: must be a readable Parquet file; {one_line(error)}") from error
 
 
-def _require_key(field: str, names: Iterable[object], where: str) -> None:
+def require_key(field: str, names: Iterable[object], where: str) -> None:
     keys = [str(name) for name in names]
     near = get_close_matches(field, keys, n=1)
     remedy = f"did you mean data.field = {near[0]!r}?" if near else f"it has {shown(keys)}"
     require(field in keys, "data.field", field, f"a key of {where}", remedy)
 
 
-def _row(row: Any, column: _Column, where: str) -> bytes:
+def row_bytes(row: Any, column: Column, where: str) -> bytes:
     """Its text, or its conversation."""
     require(isinstance(row, dict), where, row, f"an object with the key {column.name!r}")
-    _require_key(column.name, row, where)
+    require_key(column.name, row, where)
     value, where = row[column.name], f"{where} {column.name!r}"
     if column.chat:
         chats.check_example(value, where=where)
@@ -338,12 +342,12 @@ def _row(row: Any, column: _Column, where: str) -> bytes:
         raise ValueError(f"{where}: must be valid Unicode; {error}") from error
 
 
-ROWS: dict[str, Callable[[Path, _Column], Iterator[tuple[str, bytes]]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+ROWS: dict[str, Callable[[Path, Column], Iterator[tuple[str, bytes]]]] = {".jsonl": _jsonl, ".parquet": _parquet}
 READERS = (".txt", *ROWS)
 
 
-def _hub(source: str, *, column: _Column, validation_fraction: float, offline: bool) -> Corpus:
-    """The "train" split of a Hugging Face data set, held on disk by `datasets`; its other splits are not read."""
+def hub_package(source: str, *, offline: bool) -> Any:
+    """`datasets`, which says nothing about its user, and asks nobody for anything when `offline`."""
     try:
         import datasets.config
         import datasets.exceptions
@@ -355,20 +359,26 @@ def _hub(source: str, *, column: _Column, validation_fraction: float, offline: b
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     if offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return datasets
+
+
+def _hub(source: str, *, column: Column, validation_fraction: float, offline: bool) -> Corpus:
+    """The "train" split of a Hugging Face data set, held on disk by `datasets`; its other splits are not read."""
+    datasets = hub_package(source, offline=offline)
     name, _, config = source.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split="train", keep_in_memory=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         allowed = "in the cache when offline" if offline else "a file, a folder, or a data set that can be loaded"
-        raise ValueError(f"source = {shown(source)}: must be {allowed}; {_one_line(error)}") from error
-    _require_key(column.name, table.column_names, source)
+        raise ValueError(f"source = {shown(source)}: must be {allowed}; {one_line(error)}") from error
+    require_key(column.name, table.column_names, source)
 
     def rows() -> Iterator[tuple[str, bytes]]:
         for number, value in enumerate(table[column.name], 1):
             where = f"{source} row {number}"
-            yield where, _row({column.name: value}, column, where)
+            yield where, row_bytes({column.name: value}, column, where)
 
     paths = [Path(found["filename"]) for found in table.cache_files]
     files = {path: stamp(path) for path in paths}
     fingerprint = _fingerprint({str(i): path for i, path in enumerate(paths)})
-    return Corpus(lambda: _documents(rows(), validation_fraction, column.chat), files, fingerprint, (), column.chat)
+    return Corpus(lambda: row_documents(rows(), validation_fraction, column.chat), files, fingerprint, (), column.chat)

@@ -46,7 +46,7 @@ def prepare(
     shards = home / "shards"
     if not shards.exists():
         files.make_directory(home)
-        with _alone(home):
+        with alone(home):
             if not shards.exists():
                 _build(data, corpus, home, shards, progress)
     return open_shards(shards)
@@ -60,7 +60,7 @@ def _cache_key(data: DataConfig, corpus: Corpus) -> str:
 
 
 @contextmanager
-def _alone(home: Path) -> Generator[None, None, None]:
+def alone(home: Path) -> Generator[None, None, None]:
     """Hold `home`, after waiting for whoever holds it."""
     with ExitStack() as stack:
         while True:
@@ -78,10 +78,10 @@ def _build(data: DataConfig, corpus: Corpus, home: Path, shards: Path, progress:
     for left in home.glob(f"{files.TEMPORARY}*"):  # by a process that was killed: its lock is gone
         files.remove_tree(left)
     with files.create_directory(shards) as temporary:
-        build(corpus, _tokenizer(data, corpus, progress), temporary, progress)
+        build(corpus, learn_tokenizer(data, corpus, progress), temporary, progress)
 
 
-def _tokenizer(data: DataConfig, corpus: Corpus, progress: Progress | None) -> Tokenizer:
+def learn_tokenizer(data: DataConfig, corpus: Corpus, progress: Progress | None) -> Tokenizer:
     chat = data.format == "chat"
     if data.tokenizer == "bytes":
         return ByteTokenizer(chat=chat)

@@ -150,13 +150,14 @@ def require_space(directory: AnyPath, n_bytes: int) -> None:
 
 
 @contextmanager
-def lock(directory: AnyPath) -> Generator[None, None, None]:
+def lock(directory: AnyPath, *, shared: bool = False) -> Generator[None, None, None]:
     """Hold `directory` for this process. The kernel frees a dead process's lock, so nothing is ever left locked.
+    shared: with others that share it.
 
     Raises:
         ValueError: another process holds it; the message names its pid.
     """
-    with _held(Path(directory, ".lock"), Path(directory)):
+    with _held(Path(directory, ".lock"), Path(directory), fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
         yield
 
 
@@ -170,10 +171,10 @@ def lock_file(path: AnyPath) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _held(path: Path, what: Path) -> Generator[None, None, None]:
+def _held(path: Path, what: Path, kind: int = fcntl.LOCK_EX) -> Generator[None, None, None]:
     with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
         try:
-            _run("lock", path, fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _run("lock", path, fcntl.flock, descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             remedy = "wait for it, or choose another name"

@@ -7,8 +7,9 @@ import numpy as np
 
 from ritornello.config import DataConfig, require
 from ritornello.train.corpus import open_corpus, stamp
-from ritornello.train.data import Rows, prepare
+from ritornello.train.data import Rows
 from ritornello.train.shards import Encoded, Mask, Progress, Split, encode
+from ritornello.train.streamed import open_data
 from ritornello.train.tokenizer import Tokenizer
 from ritornello.train.trainer import CACHE
 
@@ -35,7 +36,7 @@ def of_run(
         ValueError: it is another one now, and what was validation text may be training text of then.
     """
     cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
-    found = prepare(data, cache, offline=offline, progress=progress)
+    found = open_data(data, cache, offline=offline, progress=progress)
     same, remedy = found.fingerprint == fingerprint, "--data PATH (data=…) takes other text"
     require(same, "data.source", data.source, "the text that the run was trained on, unchanged", remedy)
     return HeldOut(_rows(found.validation, data), found.fingerprint)

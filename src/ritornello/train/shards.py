@@ -167,8 +167,16 @@ class _SplitWriter:
             self.mask.flush()
 
 
-def build(corpus: Corpus, tokenizer: Tokenizer, directory: Path, progress: Progress | None = None) -> None:
+def build(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    directory: Path,
+    progress: Progress | None = None,
+    *,
+    needed: Sequence[str] = SPLITS,
+) -> None:
     """Tokenise `corpus` into `directory`, which exists. Equal input gives equal files, byte for byte.
+    needed: splits that must have text.
 
     Memory: a few times BATCH, and 8 bytes a document.
 
@@ -188,7 +196,8 @@ def build(corpus: Corpus, tokenizer: Tokenizer, directory: Path, progress: Progr
     for name, writer in zip(SPLITS, writers, strict=True):
         n = sum(len(other.offsets) - 1 for other in writers)
         remedy = "give more text, or change data.validation_fraction"
-        require(len(writer.offsets) > 1, f"documents with text in {name}", 0, f"at least 1 of {n}", remedy)
+        ok = len(writer.offsets) > 1 or name not in needed
+        require(ok, f"documents with text in {name}", 0, f"at least 1 of {n}", remedy)
         files.write_atomic(directory / f"{name}.offsets", _offsets(writer))
     files.write_atomic(directory / "tokenizer.json", tokenizer.to_json().encode())
     files.write_atomic(directory / "meta.json", _meta(corpus, tokenizer, writers))
@@ -303,7 +312,7 @@ def _map(path: Path, dtype: np.dtype, n: int) -> np.ndarray:
     size, expected = path.stat().st_size, n * dtype.itemsize
     allowed = f"{expected} bytes, {n} numbers of type {dtype.str}"
     require(size == expected, f"size of {path.name}", size, allowed, "it is truncated or of another type")
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r") if n else np.empty(0, dtype)
 
 
 def _scan(path: Path, dtype: np.dtype, largest: int) -> str:

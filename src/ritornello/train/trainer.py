@@ -18,7 +18,7 @@ from ritornello.config import DataConfig, ModelConfig, Recipe, TrainConfig, defa
 from ritornello.device import peak_memory, pick_device, reset_peak_memory
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, files, parallel, tensors
-from ritornello.train.data import NO_LABEL, Batch, Batches, Rows, prepare
+from ritornello.train.data import NO_LABEL, Batch, Batches, Rows
 from ritornello.train.evaluate import Evaluation, evaluate
 from ritornello.train.guard import Guard, Seen, SkippedStepError
 from ritornello.train.halting import fit_gate
@@ -29,6 +29,7 @@ from ritornello.train.profiling import profiling
 from ritornello.train.saver import Saver
 from ritornello.train.shards import Dataset, Progress
 from ritornello.train.step import train_step
+from ritornello.train.streamed import Streamed, StreamedBatches, batches, open_data
 from ritornello.train.warm_start import warm_start
 from ritornello.train.watch import watching
 
@@ -74,7 +75,7 @@ def train(
         target = world.device
         _check_parts(config, world)
         cache = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
-        dataset = prepare(recipe.data, cache, offline=offline, progress=data_progress)
+        dataset = open_data(recipe.data, cache, offline=offline, progress=data_progress)
         _check_vocabulary(recipe, dataset)
         model = RecurrentDepthTransformer(recipe.model, seed=config.seed)
         with _claimed(out, world), stop_request() as request, _saver(out, config, world) as saver:
@@ -95,6 +96,8 @@ def train(
                 require(ok, "train.steps", config.steps, f">= {trainer.step}, the steps already done")
             world.same("the step to go on from, and the data", trainer.step, int(dataset.fingerprint[:12], 16))
             with ExitStack() as stack, profiling(out, 0 if world.rank else profile) as step_done:
+                if isinstance(dataset, Streamed):
+                    stack.callback(dataset.blocks.close)
                 with world.first() as first:
                     if first:
                         reporting = observers(recipe, out, step=trainer.step, offline=offline, stack=stack)
@@ -273,9 +276,9 @@ class Trainer:
         return {"seq_len": data.seq_len, "packing": data.packing, "isolate_documents": data.isolate_documents}
 
     @cached_property
-    def _batches(self) -> Batches:
+    def _batches(self) -> Batches | StreamedBatches:
         config = self.recipe.train
-        return Batches(self.dataset.train, batch_size=config.batch_size, seed=config.seed, **self._row_settings)
+        return batches(self.dataset, batch_size=config.batch_size, seed=config.seed, **self._row_settings)
 
     @property
     def _fits_gate(self) -> bool:
