@@ -3,12 +3,13 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ritornello.commands import INTEGER, REAL, TEXT, Command, option
-from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+from ritornello.commands.exits import exit_rule, no_exit
+from ritornello.config import MAX_LOOPS, ExitRule, require, require_int
 from ritornello.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Generate(Command):
     no_stream: Annotated[bool, option("Print when all is written, not as it is.")] = False
 
     def run(self) -> None:
-        exit_rule = self.exit_rule()
+        rule = self.exit_rule()
         if self.loops is not None:
             require_int("--loops", self.loops, 1, MAX_LOOPS)
         self.check_files()
@@ -69,14 +70,14 @@ class Generate(Command):
             from ritornello.engine.calibration import calibration_of
 
             found = calibration_of(loaded)
-            exit_rule, n_loops = found.exit, found.goal.n_loops
+            rule, n_loops = found.exit, found.goal.n_loops
             require(self.loops in (None, n_loops), "--loops", self.loops, f"{n_loops}, which the calibration is for")
             if not self.common.quiet:
                 print(found, file=sys.stderr)
         options: dict[str, Any] = {
             "max_tokens": self.max_tokens,
             "n_loops": n_loops,
-            "exit": exit_rule,
+            "exit": rule,
             "loop_budget": self.loop_budget,
             "temperature": self.temperature,
             "top_k": self.top_k,
@@ -141,12 +142,6 @@ class Generate(Command):
 
     def exit_rule(self) -> ExitRule | None:
         """None forces the depth, or leaves the rule to a calibration."""
-        if self.exit in (None, CALIBRATED):
-            allowed = "used with --exit RULE" if self.exit is None else "left out: what is calibrated has its own"
-            require(self.min_loops == 1, "--min-loops", self.min_loops, allowed)
-            require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, allowed)
-            return None
-        require_choice("--exit", self.exit, (*get_args(ExitName), CALIBRATED))
-        rule: ExitName = self.exit  # type: ignore[assignment]
-        threshold = DEFAULT_THRESHOLDS[rule] if self.exit_threshold is None else self.exit_threshold
-        return ExitRule(rule, threshold, self.min_loops)
+        if self.exit == CALIBRATED:
+            return no_exit(self.exit_threshold, self.min_loops, "left out: what is calibrated has its own")
+        return exit_rule(self.exit, self.exit_threshold, self.min_loops, (CALIBRATED,))
