@@ -20,6 +20,7 @@ from ritornello.hub.export import wrapped
 from ritornello.hub.modeling import RitornelloForCausalLM
 from ritornello.hub.native import load_exported
 from ritornello.hub.tokenizer import to_transformers
+from ritornello.model.halting import check_exit
 from ritornello.recipes import find_model, is_exported
 
 DEPTH = ("default_loops", "exit_rule", "exit_threshold", "min_loops")
@@ -64,6 +65,7 @@ class Harness(HFLM):
                 setattr(config, name, value)
         require(min_loops is None or config.exit is not None, "min_loops", min_loops, "given with exit")
         config.use_cache = False  # a text that is given needs none; generate() asks for one
+        check_exit(self.opened.native.config, config.exit)
         self.set_depth(config.depth)
         super().__init__(str(pretrained), backend="causal", device=str(pick_device(device or "auto")), **options)
 

@@ -58,12 +58,12 @@ class Sweep(Harness):
         return [known[_key(request)] for request in requests]
 
     def _batches(self, requests: list[Request], override_bs: int | None) -> Iterator[list[Request]]:
-        """The longest first; what differs in its last token only is one row, as for lm-eval."""
+        """As lm-eval's: the longest first, and what differs in its last token only is one row."""
         requests = sorted(requests, key=lambda request: (-len(request[1] + request[2]), request[1] + request[2]))
-        rows: dict[Tokens, list[Request]] = defaultdict(list)
+        rows: dict[Any, list[Request]] = defaultdict(list)
         for request in requests:
             given, scored = _key(request)
-            rows[given + scored[:-1] if self.logits_cache else given + scored].append(request)
+            rows[given + scored[:-1] if self.logits_cache else (given, scored)].append(request)
         size: Any = override_bs or self.batch_size
         if size == "auto":
             size = self._detect_batch_size(requests, 0) if requests else 1
