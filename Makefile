@@ -18,6 +18,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 
 $(DEV): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	-$(BIN)/python scripts/transformers_tests.py
 	touch $@
 
 demo: $(RUNTIME)

@@ -17,6 +17,7 @@ from benchmarks import (
     depth,
     engine,
     experts,
+    hub,
     learning,
     loops,
     machine,
@@ -68,6 +69,7 @@ THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
     "saving": lambda n, most: saving.rows(n=n),
     "rounding": lambda n, most: each(rounding.rows, stream.WEIGHTS[1:]),
     "engine": lambda n, most: engine.rows(n=n),
+    "hub": lambda n, most: each(lambda s: hub.rows(s, n=n), ("S1", "S3")),
     "learning": lambda n, most: learning.rows(n=n),
 }
 

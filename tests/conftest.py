@@ -37,3 +37,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
     yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers of transformers' own tests, which tests/hub/test_common.py runs."""
+    flash = ("flash_attn_test", "flash_attn_3_test", "flash_attn_4_test")
+    for name in ("accelerate_tests", *flash, "slow", "torch_compile_test"):
+        config.addinivalue_line("markers", f"{name}: of transformers")

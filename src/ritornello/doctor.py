@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 from ritornello import __version__
 
-PACKAGES = "torch numpy safetensors tokenizers tyro pydantic rich matplotlib pyarrow datasets tensorboard transformers"
+PACKAGES = (
+    "torch numpy safetensors tokenizers tyro pydantic rich matplotlib pyarrow datasets tensorboard "
+    "transformers lm-eval peft trl"
+)
 GIB = 2**30
 Kind = TypeVar("Kind")
 

@@ -578,3 +578,21 @@ def test_optimizer_state_of_another_model_changes_nothing():
 def test_a_recipe_is_stored_as_recipes_writes_it(tmp_path: Path):
     directory = save(tmp_path, 1)
     assert recipes.from_json((directory / "config.json").read_text()) == RECIPE
+
+
+def test_names_of_an_earlier_version_are_read_as_todays(tmp_path):
+    old = {
+        "q_proj.weight": torch.randn(2, 2),
+        "q_proj.lora_A": torch.randn(2, 1, 2),
+        "q_proj.lora_B": torch.randn(2, 2, 1),
+    }
+    state = {"AdamW/q_proj.lora_A/exp_avg": torch.randn(2, 1, 2), "AdamW/q_proj.lora_A/step": 3}
+    save(tmp_path, 1, model_state=old, optimizer_state=state)
+    found = checkpoint.load(tmp_path)
+    assert set(found.model_state) == {"q_proj.weight", "q_proj.loop_A", "q_proj.loop_B"}
+    assert torch.equal(found.model_state["q_proj.loop_B"], old["q_proj.lora_B"])
+    optimizer, _ = checkpoint.training_state(found)
+    assert set(optimizer) == {"AdamW/q_proj.loop_A/exp_avg", "AdamW/q_proj.loop_A/step"}
+    packed = tmp_path / "packed.safetensors"
+    packed.write_bytes(tensors.pack(old))
+    assert set(tensors.read(packed)) == set(found.model_state)

@@ -15,9 +15,7 @@ class Export(Command):
 
     run_path: Annotated[Positional[Path], arg(metavar="RUN", help="A run or one of its checkpoints.")]
     target: Annotated[Positional[Path], arg(metavar="FOLDER", help="Where to; it must not exist yet.")]
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], option("Of the weights; auto: as they are.")] = (
-        "auto"
-    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], option("Of the weights.")] = "auto"
     max_shard: Annotated[str, option("The largest file of weights.", metavar="SIZE")] = "5GB"
 
     def run(self) -> None:

@@ -79,8 +79,8 @@ def _write(loaded: Loaded, folder: Path, dtype: torch.dtype | None, max_shard: s
     model, config = wrapped(loaded), loaded.model.config
     model.config.architectures, model.config.auto_map = [type(model).__name__], AUTO_MAP
     if dtype is not None:
-        model.to(dtype)
-    model.config.dtype = model.dtype
+        _round(model, dtype)
+    model.config.dtype = dtype or model.dtype
     model.save_pretrained(folder, max_shard_size=max_shard)
     to_transformers(loaded.tokenizer, max_length=config.max_seq_len).save_pretrained(folder)
     for name, text in sources().items():
@@ -93,6 +93,14 @@ def _write(loaded: Loaded, folder: Path, dtype: torch.dtype | None, max_shard: s
         n_parameters=sum(p.numel() for p in loaded.model.parameters()),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _round(model: RitornelloForCausalLM, dtype: torch.dtype) -> None:
+    """All but what transformers keeps in float32 when it loads the folder."""
+    precise = model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in precise):
+            parameter.data = parameter.data.to(dtype)
 
 
 def sources() -> dict[str, str]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -54,7 +55,9 @@ class RitornelloExperts(Experts):
 
 
 def adopt(model: RecurrentDepthTransformer) -> RecurrentDepthTransformer:
-    """`model`, its experts known to transformers as such."""
+    """`model` in place, its experts known to transformers as such, its one number a vector: FSDP shards no scalars."""
+    if not model.config.is_plain and model.loop_embedding_scale is not None:
+        model.loop_embedding_scale = nn.Parameter(model.loop_embedding_scale.data.view(1))
     for module in list(model.modules()):
         if type(module) is Experts:
             module.__class__ = RitornelloExperts
@@ -87,18 +90,20 @@ class RitornelloPreTrainedModel(PreTrainedModel):
         self.native.config = replace(self.native.config, vocab_size=value.num_embeddings)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw what was not loaded. New tables of a vocabulary that grows are drawn as everywhere."""
-        if not isinstance(module, RecurrentDepthTransformer):
-            if type(module) in (nn.Embedding, nn.Linear):
-                super()._init_weights(module)
-            return
-        state = module.state_dict(keep_vars=True)
+    def initialize_weights(self) -> None:
+        """Draw what was not loaded."""
+        state = self.native.state_dict(keep_vars=True)
         loaded = {name: x.detach().clone() for name, x in state.items() if getattr(x, "_is_hf_initialized", False)}
-        if len(loaded) < len(state):
-            initialize(module, _seed())
+        if len(loaded) < len(state) and not getattr(self.native, "_is_hf_initialized", False):
+            initialize(self.native, _seed())
             for name, x in loaded.items():
                 state[name].copy_(x)
+        super().initialize_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Tables of a vocabulary that grows are drawn as everywhere."""
+        if type(module) in (nn.Embedding, nn.Linear):
+            super()._init_weights(module)
 
 
 class RitornelloModel(RitornelloPreTrainedModel):
@@ -154,7 +159,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
         n_past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         documents = _documents(attention_mask, position_ids, shape, n_past)
         slots = None
-        if past_key_values is not None and use_cache is not False:
+        if past_key_values is not None:
             slots = Slots(self.rdt.config, past_key_values, None if documents is None else documents[:, :n_past])
         capture = Capture(frozenset("e")) if output_hidden_states else None
         out = self.rdt(
@@ -266,6 +271,10 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The mask as it is: the model makes its own of it, for any cache."""
         return attention_mask
+
+
+class RitornelloForSequenceClassification(GenericForSequenceClassification, RitornelloPreTrainedModel):
+    """A score for each of `num_labels` read at a text's last token: classes, or a reward."""
 
 
 def _seed() -> int:

@@ -1,6 +1,7 @@
 """An exported folder back as what the rest of this package works with."""
 
 from pathlib import Path
+from typing import Any
 
 from ritornello.config import DataConfig, Recipe, require
 from ritornello.device import pick_device
@@ -20,9 +21,8 @@ def load_exported(path: str | Path, *, device: str = "auto") -> Loaded:
     """
     path, target = Path(path), pick_device(device)
     config = RitornelloConfig.from_pretrained(path, local_files_only=True)
-    model, found = RitornelloForCausalLM.from_pretrained(
-        path, config=config, local_files_only=True, output_loading_info=True, dtype="auto"
-    )
+    loading: Any = RitornelloForCausalLM.from_pretrained
+    model, found = loading(path, config=config, local_files_only=True, output_loading_info=True, dtype="auto")
     wrong = sorted(map(str, found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]))
     require(not wrong, f"{path} weights", wrong, "those of its configuration")
     text = read_text(path / "tokenizer.json", max_bytes=MAX_BYTES)

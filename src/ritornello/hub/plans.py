@@ -5,33 +5,74 @@ What no plan names, every process has whole; so too the vocabulary, which haltin
 """
 
 from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel, TensorParallelLayer
 
 from ritornello.config import ModelConfig
 
 Plan = dict[str, str]
 
 
+class _Cut(TensorParallelLayer):
+    """A product with its weight cut over processes; of a loop's low-rank deltas, `whole` is on each of them."""
+
+    whole = ""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        if param != self.whole:
+            super().shard_param(module, param, mesh)
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        module._hf_quantized_needs_local_tp = True  # pyrefly: ignore - computes with each process' own part
+        super().install_forward(module, mesh)
+        forward, hooked, group = module.forward, set(), mesh.get_group()
+
+        def summed(*args: Any, **kwargs: Any) -> Tensor:
+            """Of the gradient of what is whole each process has a part."""
+            x = module._parameters.get(self.whole)
+            if x is not None and x.requires_grad and torch.is_grad_enabled() and x not in hooked:
+                x.register_post_accumulate_grad_hook(lambda x: dist.all_reduce(x.grad, group=group))
+                hooked.add(x)
+            return forward(*args, **kwargs)
+
+        module.forward = summed
+        return module
+
+
+class Columns(_Cut, ColwiseParallel):
+    whole = "loop_A"
+
+
+class Rows(_Cut, RowwiseParallel):
+    whole = "loop_B"
+
+
+COLUMNS, ROWS = "ritornello_columns", "ritornello_rows"
+ALL_PARALLEL_STYLES.register(COLUMNS, Columns())  # pyrefly: ignore
+ALL_PARALLEL_STYLES.register(ROWS, Rows())  # pyrefly: ignore
+
+
 def tensor_plan(c: ModelConfig) -> Plan:
     """Each process has some heads of the attention, some columns of each feed-forward network and each expert."""
     plan = {"rdt.embed_tokens.*": "replicate"}
     for layer, looped in _layers(c):
-        lora = set(c.lora_targets) if looped and c.lora_rank else set()
-        plan |= _columns(f"{layer}.self_attn.{'q_b_proj' if _latent_queries(c) else 'q_proj'}", "q" in lora)
-        if c.attention == "gqa":
-            plan |= _columns(f"{layer}.self_attn.k_proj") | _columns(f"{layer}.self_attn.v_proj")
-        else:
-            plan |= {f"{layer}.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj"} | _columns(
-                f"{layer}.self_attn.kv_b_proj"
-            )
-        plan |= _rows(f"{layer}.self_attn.o_proj", "o" in lora)
+        attention, network = f"{layer}.self_attn", f"{layer}.mlp"
+        columns = ["q_b_proj" if c.attention == "mla" and c.q_lora_rank else "q_proj"]
+        columns += ["k_proj", "v_proj"] if c.attention == "gqa" else ["kv_b_proj"]
+        plan |= {f"{attention}.{name}": COLUMNS for name in columns} | {f"{attention}.o_proj": ROWS}
+        if c.attention == "mla":
+            plan[f"{attention}.kv_a_proj_with_mqa"] = "mla_kv_a_proj"
         if looped and c.ffn == "moe":
-            experts = f"{layer}.mlp.experts"
-            plan |= {f"{experts}.gate_up_proj": "packed_colwise", f"{experts}.down_proj": "rowwise"}
-            plan |= {experts: "moe_tp_experts"}
-        network = f"{layer}.mlp.shared_experts" if looped and c.ffn == "moe" else f"{layer}.mlp"
-        if network.endswith("mlp") or c.n_shared_experts:
-            plan |= _columns(f"{network}.gate_proj", "ffn" in lora) | _columns(f"{network}.up_proj", "ffn" in lora)
-            plan |= _rows(f"{network}.down_proj", "ffn" in lora)
+            plan[f"{network}.experts"] = "moe_tp_experts"
+            plan |= {f"{network}.experts.gate_up_proj": "packed_colwise", f"{network}.experts.down_proj": "rowwise"}
+            network = f"{network}.shared_experts" if c.n_shared_experts else ""
+        if network:
+            plan |= {f"{network}.gate_proj": COLUMNS, f"{network}.up_proj": COLUMNS, f"{network}.down_proj": ROWS}
     return plan
 
 
@@ -53,17 +94,3 @@ def _layers(c: ModelConfig) -> Iterator[tuple[str, bool]]:
     """The stacks of layers that there are, and whether they are looped."""
     stacks = {"prelude_layers": c.n_prelude_layers, "recurrent": c.n_recurrent_layers, "coda_layers": c.n_coda_layers}
     return ((f"rdt.{stack}.*", stack == "recurrent") for stack, n in stacks.items() if n)
-
-
-def _latent_queries(c: ModelConfig) -> bool:
-    return c.attention == "mla" and c.q_lora_rank > 0
-
-
-def _columns(path: str, lora: bool = False) -> Plan:
-    """Cut by outputs; of the low-rank deltas, the half that makes them."""
-    return {path: "colwise", **({f"{path}.loop_A": "replicate"} if lora else {})}
-
-
-def _rows(path: str, lora: bool = False) -> Plan:
-    """Cut by inputs; of the low-rank deltas, the half that reads them."""
-    return {path: "rowwise", **({f"{path}.loop_B": "replicate"} if lora else {})}

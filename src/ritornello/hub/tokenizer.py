@@ -11,6 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ritornello import recipes
+from ritornello.config import require
 from ritornello.train.tokenizer import ByteTokenizer, Tokenizer
 
 END = "<|endoftext|>"
@@ -35,11 +37,16 @@ def to_transformers(tokenizer: Tokenizer, *, max_length: int) -> PreTrainedToken
 def _bytes() -> Backend:
     """One id a byte, as a byte-level BPE that has learnt no pair."""
     backend = Backend(models.BPE(vocab={symbol: byte for byte, symbol in bytes_to_unicode().items()}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def without_specials(tokenizer_json: str) -> str:
-    """A tokenizer.json of transformers as a run has it: special tokens are none of its text's."""
-    return json.dumps({**json.loads(tokenizer_json), "added_tokens": []})
+    """A tokenizer.json that `to_transformers` led to, as a run has it: special tokens are none of its text's."""
+    found = recipes.parse_json(tokenizer_json, "tokenizer.json")
+    require(isinstance(found, dict), "tokenizer.json", found, "an object")
+    processor = found.get("post_processor") or {}
+    added = processor.get("special_tokens") if isinstance(processor, dict) else processor
+    require(not added, "tokenizer.json post_processor", added, "without tokens of its own")
+    return json.dumps(found | {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None})

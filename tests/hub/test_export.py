@@ -1,0 +1,130 @@
+"""A run as transformers' folder: with this package or without, and back."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ritornello.cli import main
+from ritornello.commands.loading import is_exported, open_model
+from ritornello.engine.generate import generate, load
+from ritornello.hub.export import export, sources, wrapped
+from ritornello.hub.tokenizer import to_transformers, without_specials
+from ritornello.recipes import find_model
+from ritornello.train.tokenizer import ByteTokenizer, from_json, train_bpe
+from tests.hub.kinds import model
+
+TEXTS = ["", "def f(x):\n    return x", "  two  spaces\t", "Ünïcödé ¶ 語 🙂", "\x00\x7f", "a" * 300]
+ELSEWHERE = """
+import sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ritornello":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refused())
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer(["def f(x):", "import"], return_tensors="pt", padding=True)
+written = model.generate(**inputs, max_new_tokens=12, do_sample=False, n_loops=3)
+print(json.dumps([type(model).__module__, tokenizer.batch_decode(written, skip_special_tokens=True)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export(find_model("python"), tmp_path_factory.mktemp("exported") / "python")
+
+
+def test_with_this_package_it_is_the_run(folder):
+    loaded = load(find_model("python"), device="cpu")
+    found, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("def f(x):", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(found(**inputs).logits, loaded.model(inputs["input_ids"]).logits, rtol=0, atol=1e-5)
+    text = tokenizer.decode(found.generate(**inputs, max_new_tokens=20, do_sample=False, n_loops=3)[0])
+    own = generate(loaded, "def f(x):", max_tokens=20, temperature=0, n_loops=3)
+    assert text == "def f(x):" + own.text
+
+
+def test_without_it_too(folder, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    module, texts = json.loads(done.stdout.splitlines()[-1])
+    assert module.startswith("transformers_modules.")
+    loaded = load(find_model("python"), device="cpu")
+    for prompt, text in zip(("def f(x):", "import"), texts, strict=True):
+        assert text == prompt + generate(loaded, prompt, max_tokens=12, temperature=0, n_loops=3).text
+
+
+def test_its_code_is_complete_and_flat():
+    found = sources()
+    assert {"modeling_ritornello.py", "configuration_ritornello.py", "ritornello_model_rdt.py"} <= set(found)
+    for text in found.values():
+        compile(text, "exported", "exec")
+        assert "from ritornello" not in text and "import ritornello" not in text
+
+
+def test_back_to_what_the_rest_of_this_package_reads(folder, capsys):
+    assert is_exported(folder) and not is_exported(find_model("python"))
+    back = open_model(folder, device="cpu")
+    loaded = load(find_model("python"), device="cpu")
+    assert back.model.config == loaded.model.config and back.tokenizer.vocab_size == loaded.tokenizer.vocab_size
+    texts = [generate(which, "import ", max_tokens=12, temperature=0).text for which in (back, loaded)]
+    assert texts[0] == texts[1]
+    assert main(["generate", str(folder), "--prompt", "import ", "--max-tokens", "12", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == texts[0] + "\n"
+
+
+def test_the_command_writes_whole_or_not_at_all(tmp_path, capsys):
+    target = tmp_path / "new" / "folder"
+    assert main(["export", "python", str(target), "--dtype", "bfloat16", "--max-shard", "200KB"]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    found = AutoModelForCausalLM.from_pretrained(target)
+    own = load(find_model("python"), device="cpu").model
+    assert torch.equal(found.native.injection.A_log, own.injection.A_log)
+    assert torch.equal(found.native.norm.weight, own.norm.weight.bfloat16())
+    assert found.dtype == torch.bfloat16 and len(list(target.glob("model-*.safetensors"))) > 1
+    assert main(["export", "python", str(target)]) == 2
+    assert "does not exist yet" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_damaged_weights_are_named(folder, tmp_path):
+    found = wrapped(load(find_model("python"), device="cpu"))
+    state = {name: x for name, x in found.state_dict().items() if "coda" not in name}
+    found.save_pretrained(tmp_path, state_dict=state)
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    with pytest.raises(ValueError, match="coda"):
+        open_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_tokenizer_gives_the_same_ids(kind, tmp_path):
+    own = ByteTokenizer() if kind == "bytes" else train_bpe(["def f(x): return x\n" * 50, "the theme then"], 300)
+    found = to_transformers(own, max_length=64)
+    for text in TEXTS:
+        ids = found(text)["input_ids"]
+        assert ids == own.encode(text)
+        assert found.decode(ids) == own.decode(ids) == text
+    assert found.eos_token_id == own.eos_id and len(found) == own.vocab_size
+    found.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert [again(text)["input_ids"] for text in TEXTS] == [own.encode(text) for text in TEXTS]
+    native = from_json(without_specials((tmp_path / "tokenizer.json").read_text()))
+    assert [native.encode(text) for text in TEXTS] == [own.encode(text) for text in TEXTS]
+    assert np.array_equal(native.byte_lengths, own.byte_lengths)
+
+
+def test_a_wrapped_model_stops_where_a_document_ends():
+    found = wrapped(load(find_model("python"), device="cpu"))
+    assert found.generation_config.eos_token_id == found.config.eos_token_id
+    assert model().generation_config.eos_token_id is None
