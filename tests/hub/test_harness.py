@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import chdir
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,20 +30,36 @@ from ritornello.train.tokenizer import ByteTokenizer
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = Path("tests/hub/tasks")
 TASKS = ["keywords", "lines", "written"]
-TEXTS = [("def f(", "x):"), ("import ", "os"), ("import ", "sys"), ("for i in range(len(a)):\n    ", "print(a[i])")]
+TEXTS = [("def f(", "x):"), ("import", " os"), ("import", " sys"), ("for i in range(len(a)):\n", "    print(a[i])")]
+ROUNDING = 1e-5  # nats of a text: other batches, and weights that begin elsewhere in memory, are summed otherwise
 EXIT = {"loops": 8, "exit": "kl", "exit_threshold": 0.01, "min_loops": 2}
 SMALL = {
-    **{"vocab_size": 257, "dim": 16, "n_prelude_layers": 1, "n_recurrent_layers": 1, "n_coda_layers": 1, "n_loops": 3},
-    **{"max_seq_len": 64, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "ffn": "dense", "ffn_dim": 32},
+    "vocab_size": 257,
+    "dim": 16,
+    "n_prelude_layers": 1,
+    "n_recurrent_layers": 1,
+    "n_coda_layers": 1,
+    "n_loops": 3,
+    "max_seq_len": 64,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "ffn": "dense",
+    "ffn_dim": 32,
 }
 MIXTURE = {"halting": "act", "read_out": "mixture"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    """Tasks name their data from the repository's root; what `datasets` makes of it goes elsewhere."""
+    """Tasks name their data from the repository's root; what `datasets` makes of it goes elsewhere; nobody asks what
+    machine this is, which takes a second."""
     cache = tmp_path_factory.mktemp("datasets")
-    with chdir(ROOT), patch.object(datasets.config, "HF_DATASETS_CACHE", cache):
+    with (
+        chdir(ROOT),
+        patch.object(datasets.config, "HF_DATASETS_CACHE", cache),
+        patch("lm_eval.evaluator.add_env_info"),
+    ):
         yield
 
 
@@ -71,19 +88,27 @@ def native(manager):
     return {n: scores("ritornello", manager, model_args={"pretrained": "python", "loops": n}) for n in (1, 4)}
 
 
+def alike(found, expected):
+    """Texts to the letter, figures up to rounding."""
+    for task, metrics in expected[0].items():
+        assert found[0][task] == pytest.approx(metrics, abs=ROUNDING)
+        for said, awaited in zip(chain(*found[1][task]), chain(*expected[1][task]), strict=True):
+            assert said == (awaited if isinstance(awaited[0], str) else [pytest.approx(awaited[0], abs=ROUNDING)])
+
+
 def log_likelihoods(lm, texts=TEXTS):
     return lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)], disable_tqdm=True)
 
 
 def close(found, expected):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    torch.testing.assert_close([x for x, _ in found], [x for x, _ in expected], rtol=0, atol=1e-4)
+    torch.testing.assert_close([x for x, _ in found], [x for x, _ in expected], rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_run_scores_as_its_folder_does_for_transformers(native, folder, manager, n):
-    args = {"pretrained": str(folder), "default_loops": n, "use_cache": False}
-    assert scores("hf", manager, model_args=args, device="cpu") == native[n]
+    args = {"pretrained": str(folder), "default_loops": n}
+    alike(scores("hf", manager, model_args=args, device="cpu"), native[n])
 
 
 def test_control_another_depth_scores_otherwise(native):
@@ -97,8 +122,9 @@ def test_so_it_does_with_an_exit_rule(native, folder, manager):
     by_name = ",".join(f"{name}={value}" for name, value in EXIT.items())
     found = scores("ritornello", manager, model_args=f"pretrained=python,{by_name}")
     names = by_name.replace("exit=", "exit_rule=").replace("loops=8", "default_loops=8")
-    assert scores("hf", manager, model_args=f"pretrained={folder},use_cache=False,{names}", device="cpu") == found
-    assert found[1]["lines"] != scores(Harness("python", loops=8), manager)[1]["lines"]
+    alike(scores("hf", manager, model_args=f"pretrained={folder},{names}", device="cpu"), found)
+    with pytest.raises(AssertionError):
+        alike(scores("ritornello", manager, model_args="pretrained=python,loops=8"), found)
 
 
 def test_a_folder_keeps_its_own_depth_and_rule(folder, tmp_path):
@@ -108,7 +134,7 @@ def test_a_folder_keeps_its_own_depth_and_rule(folder, tmp_path):
     (tmp_path / "config.json").unlink()
     own = {"default_loops": 8, "exit_rule": "kl", "exit_threshold": 0.01, "min_loops": 2}
     (tmp_path / "config.json").write_text(json.dumps(config | own))
-    assert log_likelihoods(Harness(tmp_path)) == log_likelihoods(Harness("python", **EXIT))
+    close(log_likelihoods(Harness(tmp_path)), log_likelihoods(Harness("python", **EXIT)))
     assert Harness(tmp_path).get_model_info()["exit"] == Harness("python", **EXIT).get_model_info()["exit"]
 
 
@@ -117,25 +143,26 @@ def test_a_sweep_scores_as_each_depth_for_itself(native):
     assert {n: (one["results"], answers(one)) for n, one in found.items()} == {n: native[n] for n in (1, 4)}
 
 
-def test_any_batch_size_scores_alike(native, manager):
-    for options in ({"batch_size": 1}, {"batch_size": "auto", "max_batch_size": 5, "max_length": 200}):
-        for lm in (Harness("python", loops=4, **options), Sweep("python", depths=[1, 4], **options)):
-            lm.set_depth(4)
-            results, _ = scores(lm, manager)
-            for task, metrics in native[4][0].items():
-                assert results[task] == pytest.approx(metrics, abs=1e-5)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Harness, {"batch_size": 1}), (Sweep, {"batch_size": "auto", "max_batch_size": 3, "max_length": 100})],
+    ids=["1", "auto"],
+)
+def test_any_batch_size_scores_alike(native, manager, kind, options):
+    alike(scores(kind("python", loops=4, **options), manager), native[4])
 
 
 def test_log_likelihoods_are_the_models():
     loaded, expected = load(find_model("python"), device="cpu"), []
     for text in TEXTS:
-        given, scored = (loaded.tokenizer.encode(part) for part in text)
+        whole = list(loaded.tokenizer.encode("".join(text)))
+        n = len(loaded.tokenizer.encode(text[0].rstrip()))  # spaces at its end belong to what follows
         with torch.no_grad():
-            logits = loaded.model(torch.tensor([given + scored]), n_loops=3).logits[0, len(given) - 1 : -1]
-        picked = logits.log_softmax(-1)[range(len(scored)), scored]
-        expected.append((float(picked.sum()), logits.argmax(-1).tolist() == list(scored)))
+            logits = loaded.model(torch.tensor([whole]), n_loops=3).logits[0, n - 1 : -1]
+        picked = logits.log_softmax(-1)[range(len(whole) - n), whole[n:]]
+        expected.append((float(picked.sum()), logits.argmax(-1).tolist() == whole[n:]))
     close(log_likelihoods(Harness("python", loops=3, batch_size=4)), expected)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):  # of another depth they are not
         close(log_likelihoods(Harness("python", loops=2, batch_size=4)), expected)
 
 
