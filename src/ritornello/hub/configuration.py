@@ -4,7 +4,7 @@ them, and what a call gets that asks for no depth.
 
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -37,7 +37,8 @@ class RitornelloConfig(PreTrainedConfig):
     """
 
     model_type = "ritornello"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    auto_map: ClassVar[dict[str, str]] = {}  # of code that a folder brings along; trl asks every configuration
+    keys_to_ignore_at_inference = ["past_key_values", "loops_used", "balance_loss", "ponder_loss"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012 - as the base class has it
         "hidden_size": "dim",
         "intermediate_size": "ffn_dim",

@@ -17,6 +17,7 @@ from ritornello.hub.configuration import RitornelloConfig
 from ritornello.hub.slots import Slots
 from ritornello.model.context import Capture
 from ritornello.model.initialize import initialize
+from ritornello.model.lora import Linear
 from ritornello.model.moe import Experts
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.model.state import Output
@@ -193,12 +194,22 @@ class RitornelloModel(RitornelloPreTrainedModel):
 
 
 class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
-    """The next token's logits, and the loss of `labels`."""
+    """The next token's logits, and the loss of `labels`.
+
+    lm_head: where embeddings serve as head, a layer that has their weight: what adapts a model looks for a head.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.rdt.embed_tokens.0.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "replicate"}  # noqa: RUF012
 
     def __init__(self, config: RitornelloConfig) -> None:
         super().__init__(config)
         self.model = RitornelloModel(config)
+        with torch.device("meta"):
+            self.lm_head = Linear(config.dim, config.vocab_size) if config.tie_embeddings else None
         self.post_init()
+        if self.lm_head is None:
+            self._tp_plan = {name: style for name, style in self._tp_plan.items() if name != "lm_head"}
 
     @classmethod
     def of(cls, model: RecurrentDepthTransformer, **options: Any) -> "RitornelloForCausalLM":
@@ -206,14 +217,15 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             found = cls(RitornelloConfig.of(model.config, **options))
         found.model.rdt = adopt(model)
+        found.tie_weights()
         return found.train(model.training)
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """None where the embeddings serve as head."""
-        return self.native.head
+    def get_output_embeddings(self) -> nn.Module:
+        return self.native.head if self.lm_head is None else self.lm_head  # pyrefly: ignore
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.native.head = new_embeddings  # pyrefly: ignore
+        owner, name = (self.native, "head") if self.lm_head is None else (self, "lm_head")
+        setattr(owner, name, new_embeddings)
 
     @can_return_tuple
     def forward(
@@ -251,7 +263,7 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = out.last_hidden_state
-        logits = self.native.logits(hidden if isinstance(kept, int) else hidden[:, kept])
+        logits = self.get_output_embeddings()(hidden if isinstance(kept, int) else hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -59,7 +59,7 @@ ALL_PARALLEL_STYLES.register(ROWS, Rows())  # pyrefly: ignore
 
 def tensor_plan(c: ModelConfig) -> Plan:
     """Each process has some heads of the attention, some columns of each feed-forward network and each expert."""
-    plan = {"rdt.embed_tokens.*": "replicate"}
+    plan = {"rdt.embed_tokens.*": "replicate"} | ({} if c.tie_embeddings else {"rdt.head": "replicate"})
     for layer, looped in _layers(c):
         attention, network = f"{layer}.self_attn", f"{layer}.mlp"
         columns = ["q_b_proj" if c.attention == "mla" and c.q_lora_rank else "q_proj"]
