@@ -54,6 +54,14 @@ def find_model(name_or_path: str | Path) -> Path:
     return path if path.exists() or path.name != str(name_or_path) else shipped.get(path.name, path)
 
 
+def is_exported(path: Path) -> bool:
+    """Whether the folder's config.json is one of transformers; a damaged one is not."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "ritornello"
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a recipe file, unchecked: `from_mapping` does that after `apply_sets`."""
     text = read_text(path)

@@ -1,10 +1,9 @@
 """Which model a command's argument names."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ritornello.recipes import find_model
+from ritornello.recipes import find_model, is_exported
 
 if TYPE_CHECKING:
     from ritornello.engine.generate import Loaded
@@ -24,11 +23,3 @@ def open_model(name_or_path: str | Path, *, device: str = "auto") -> "Loaded":
     from ritornello.engine.generate import load
 
     return load(path, device=device)
-
-
-def is_exported(path: Path) -> bool:
-    """Whether the folder's config.json is one of transformers; a damaged one is not."""
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "ritornello"
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False

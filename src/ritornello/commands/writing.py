@@ -4,12 +4,13 @@ import sys
 from abc import ABC
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from ritornello.commands import INTEGER, REAL, Command, option
-from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+from ritornello.commands.exits import exit_rule, no_exit
+from ritornello.config import MAX_LOOPS, ExitRule, require, require_int
 
 CALIBRATED = "calibrated"
 
@@ -79,12 +80,6 @@ class Writing(Command, ABC):
 
     def exit_rule(self) -> ExitRule | None:
         """None forces the depth, or leaves the rule to a calibration."""
-        if self.exit in (None, CALIBRATED):
-            allowed = "used with --exit RULE" if self.exit is None else "left out: what is calibrated has its own"
-            require(self.min_loops == 1, "--min-loops", self.min_loops, allowed)
-            require(self.exit_threshold is None, "--exit-threshold", self.exit_threshold, allowed)
-            return None
-        require_choice("--exit", self.exit, (*get_args(ExitName), CALIBRATED))
-        rule: ExitName = self.exit  # type: ignore[assignment]
-        threshold = DEFAULT_THRESHOLDS[rule] if self.exit_threshold is None else self.exit_threshold
-        return ExitRule(rule, threshold, self.min_loops)
+        if self.is_calibrated:
+            return no_exit(self.exit_threshold, self.min_loops, "left out: what is calibrated has its own")
+        return exit_rule(self.exit, self.exit_threshold, self.min_loops, (CALIBRATED,))
