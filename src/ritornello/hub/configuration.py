@@ -37,7 +37,7 @@ class RitornelloConfig(PreTrainedConfig):
     """
 
     model_type = "ritornello"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "loops_used", "balance_loss", "ponder_loss"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012 - as the base class has it
         "hidden_size": "dim",
         "intermediate_size": "ffn_dim",
