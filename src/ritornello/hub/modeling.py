@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from ritornello.config import ExitRule, require
 from ritornello.hub.configuration import RitornelloConfig
 from ritornello.hub.slots import Slots
+from ritornello.model.attention import LatentAttention
 from ritornello.model.context import Capture
 from ritornello.model.initialize import initialize
 from ritornello.model.moe import Experts
@@ -54,14 +55,41 @@ class RitornelloExperts(Experts):
         return super().forward(x, indices.clamp(max=self.num_experts - 1), weights, exact)
 
 
+class RitornelloLatentAttention(LatentAttention):
+    """MLA whose kv_b_proj may be more than its weight, which alone absorption reads: an adapter around it."""
+
+    def absorbs(self, n_queries: int, n_entries: int) -> bool:
+        return isinstance(self.kv_b_proj, nn.Linear) and super().absorbs(n_queries, n_entries)
+
+
+class TiedHead(nn.Linear):
+    """The vocabulary as the head that it serves as, with nothing of its own: who asks for a head wants a linear layer."""
+
+    def __init__(self, model: "RitornelloForCausalLM") -> None:
+        nn.Module.__init__(self)
+        self.bias, self._model = None, [model]  # in a list it is no part of this  # pyrefly: ignore
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            return self._model[0].native.head_weight
+        if name in ("out_features", "in_features"):
+            return self.weight.shape[name == "in_features"]
+        return super().__getattr__(name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._model[0].native.logits(input)
+
+
 def adopt(model: RecurrentDepthTransformer) -> RecurrentDepthTransformer:
-    """`model` in place, its experts known to transformers as such, its one number a vector: FSDP shards no scalars."""
+    """`model` in place, its parts known to transformers as such, its one number a vector: FSDP shards no scalars."""
     if not model.config.is_plain and model.loop_embedding_scale is not None:
         model.loop_embedding_scale = nn.Parameter(model.loop_embedding_scale.data.view(1))
     for module in list(model.modules()):
         if type(module) is Experts:
             module.__class__ = RitornelloExperts
             module.num_experts = len(module.down_proj)  # pyrefly: ignore
+        if type(module) is LatentAttention:
+            module.__class__ = RitornelloLatentAttention
     return model
 
 
@@ -198,6 +226,7 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
     def __init__(self, config: RitornelloConfig) -> None:
         super().__init__(config)
         self.model = RitornelloModel(config)
+        self.lm_head = TiedHead(self) if config.tie_word_embeddings else None
         self.post_init()
 
     @classmethod
@@ -209,11 +238,11 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         return found.train(model.training)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """None where the embeddings serve as head."""
-        return self.native.head
+        return self.native.head if self.lm_head is None else self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.native.head = new_embeddings  # pyrefly: ignore
+        if new_embeddings is not self.lm_head:
+            self.lm_head, self.native.head = None, new_embeddings  # pyrefly: ignore
 
     @can_return_tuple
     def forward(
@@ -251,12 +280,14 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = out.last_hidden_state
-        logits = self.native.logits(hidden if isinstance(kept, int) else hidden[:, kept])
+        head = self.native.logits if self.lm_head is None else self.lm_head  # around either may be an adapter
+        logits = head(hidden if isinstance(kept, int) else hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             extra = (self.config.balance_weight, out.balance_loss), (self.config.ponder_weight, out.ponder_loss)
-            loss = sum((weight * term for weight, term in extra if weight and term is not None), start=loss)
+            share = _share(labels, kwargs.get("num_items_in_batch"))
+            loss = sum((weight * term * share for weight, term in extra if weight and term is not None), start=loss)
         return RitornelloCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -280,6 +311,11 @@ class RitornelloForSequenceClassification(GenericForSequenceClassification, Rito
 def _seed() -> int:
     """Drawn from torch's own generator, so that what seeds it seeds models and their dropout."""
     return int(torch.randint(2**62, (), device="cpu"))
+
+
+def _share(labels: Tensor, n_targets: Tensor | int | None) -> Tensor | float:
+    """Of the batch that one optimizer step sees, these labels (B, T)."""
+    return 1.0 if n_targets is None else (labels[:, 1:] != -100).sum() / n_targets
 
 
 def _documents(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], n_past: int) -> Tensor | None:
