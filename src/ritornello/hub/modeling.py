@@ -63,7 +63,7 @@ class RitornelloLatentAttention(LatentAttention):
 
 
 class TiedHead(nn.Linear):
-    """The vocabulary as the head that it serves as, with nothing of its own: who asks for a head wants a linear layer."""
+    """The vocabulary as the head that it serves as, with nothing of its own: a head is a linear layer to who asks."""
 
     def __init__(self, model: "RitornelloForCausalLM") -> None:
         nn.Module.__init__(self)
