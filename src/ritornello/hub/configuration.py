@@ -20,6 +20,8 @@ from ritornello.config import (
 )
 from ritornello.hub.plans import Plan, expert_plan, fsdp_plan, tensor_plan
 
+OPTIONS = ("default_loops", "exit_rule", "exit_threshold", "min_loops", "balance_weight", "ponder_weight")
+SAID = ("rule", "threshold", "min_loops")
 SHAPE = {field.name: field.default for field in fields(ModelConfig)}
 
 
@@ -71,7 +73,7 @@ class RitornelloConfig(PreTrainedConfig):
             value = given.pop(name, default)
             setattr(self, name, tuple(value) if isinstance(default, tuple) else value)
         for name in given:
-            near = get_close_matches(name, SHAPE, n=1, cutoff=0.85)
+            near = get_close_matches(name, (*SHAPE, *OPTIONS), n=1, cutoff=0.85)
             require(not near, name, given[name], "an argument of this configuration", f"did you mean {near}?")
         self.default_loops, self.exit_rule, self.exit_threshold = default_loops, exit_rule, exit_threshold
         self.min_loops, self.balance_weight, self.ponder_weight = min_loops, balance_weight, ponder_weight
@@ -79,6 +81,7 @@ class RitornelloConfig(PreTrainedConfig):
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         super().__init__(**given)
         require(self.shape().n_token_tables == 1, "n_token_tables", self.n_token_tables, "1: one id a token")
+        require_int("min_loops", min_loops, 1, MAX_LOOPS)
         _ = self.depth, self.exit
 
     def shape(self) -> ModelConfig:
@@ -134,3 +137,12 @@ def exit_rule(rule: ExitName | None, threshold: float | None = None, min_loops: 
         return None
     require_choice("exit_rule", rule, tuple(DEFAULT_THRESHOLDS))
     return ExitRule(rule, DEFAULT_THRESHOLDS[rule] if threshold is None else threshold, min_loops)
+
+
+def as_rule(given: Any) -> ExitRule:
+    """An exit rule as it is, by its name, by (name, threshold, min_loops), or by another copy of this code."""
+    if isinstance(given, str):
+        return exit_rule(given)  # type: ignore[arg-type, return-value]
+    parts = given if isinstance(given, tuple) else [getattr(given, name, None) for name in SAID]
+    require(parts[0] is not None, "exit", given, "an ExitRule, its name, or (name, threshold, min_loops)")
+    return exit_rule(*parts)  # type: ignore[return-value]

@@ -1,6 +1,8 @@
 """The model behind transformers' interface: `RecurrentDepthTransformer` does the work."""
 
+from copy import copy
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from ritornello.config import ExitRule, require
-from ritornello.hub.configuration import RitornelloConfig
+from ritornello.hub.configuration import RitornelloConfig, as_rule
 from ritornello.hub.slots import Slots
 from ritornello.model.context import Capture
 from ritornello.model.initialize import initialize
@@ -56,14 +58,19 @@ class RitornelloExperts(Experts):
 
 
 def adopt(model: RecurrentDepthTransformer) -> RecurrentDepthTransformer:
-    """`model` in place, its experts known to transformers as such, its one number a vector: FSDP shards no scalars."""
-    if not model.config.is_plain and model.loop_embedding_scale is not None:
-        model.loop_embedding_scale = nn.Parameter(model.loop_embedding_scale.data.view(1))
+    """`model` in place, for transformers to share out: its experts known as such, its one number a vector."""
+    _vector(model)
     for module in list(model.modules()):
         if type(module) is Experts:
             module.__class__ = RitornelloExperts
             module.num_experts = len(module.down_proj)  # pyrefly: ignore
     return model
+
+
+def _vector(model: RecurrentDepthTransformer) -> None:
+    """FSDP shards no scalar."""
+    if not model.config.is_plain and model.loop_embedding_scale is not None:
+        model.loop_embedding_scale = nn.Parameter(model.loop_embedding_scale.data.view(1))
 
 
 class RitornelloPreTrainedModel(PreTrainedModel):
@@ -128,7 +135,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         n_loops: int | Tensor | None = None,
-        exit: ExitRule | None = None,
+        exit: ExitRule | str | tuple[Any, ...] | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> RitornelloOutput:
@@ -137,36 +144,39 @@ class RitornelloModel(RitornelloPreTrainedModel):
             input_ids: (B, T); or inputs_embeds (B, T, D).
             attention_mask: (B, S) over cached and new tokens, 0 at padding, on either side.
             position_ids: (B, T) or (1, T); by default padding is not counted. Without a mask and a cache, positions
-                that begin anew begin a document: what is packed into a row sees itself only.
+                that begin anew begin a document: what is packed into a row sees itself only, and leaves no cache.
             past_key_values: any transformers cache; takes in what it does not hold.
             use_cache: default: as configured, and never in training.
             n_loops: of all tokens, or (B,) or (B, T); default: as configured.
-            exit: lets tokens stop early; default: as configured.
+            exit: lets tokens stop early: an ExitRule, its name, or (name, threshold, min_loops); default: as
+                configured.
         """
         c, training = self.config, self.training
-        if use_cache is None:
-            use_cache = c.use_cache and not training
-        if self.gradient_checkpointing and training:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        _refuse_misspelt(kwargs)
         output_hidden_states = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_hidden_states and inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.rdt.embed(input_ids), None
         given = inputs_embeds if input_ids is None else input_ids
-        require(given is not None, "input_ids", None, "given, or else inputs_embeds")
+        require(given is not None and given.ndim > 1, "input_ids", None, "(B, T), or else inputs_embeds (B, T, D)")
         assert given is not None
         shape = given.shape[0], given.shape[1]
-        n_past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        documents = _documents(attention_mask, position_ids, shape, n_past)
-        slots = None
+        documents = _packed(position_ids, shape) if attention_mask is None and past_key_values is None else None
+        past_key_values = self._cache(past_key_values, use_cache, packed=documents is not None)
+        slots, n_past = None, 0
         if past_key_values is not None:
-            slots = Slots(self.rdt.config, past_key_values, None if documents is None else documents[:, :n_past])
+            n_past = int(past_key_values.get_seq_length())
+            fixed = past_key_values.get_max_length() > 0 if past_key_values.layers else False
+            documents = _documents(attention_mask, shape, n_past, fixed=fixed)
+            slots = Slots(
+                self.rdt.config, past_key_values, n_past, None if documents is None else documents[:, :n_past]
+            )
+        elif attention_mask is not None:
+            documents = _documents(attention_mask, shape, 0, fixed=False)
         capture = Capture(frozenset("e")) if output_hidden_states else None
         out = self.rdt(
             input_ids,
             n_loops=c.depth if n_loops is None else n_loops,
-            exit=c.exit if exit is None else exit,
+            exit=c.exit if exit is None else as_rule(exit),
             documents=None if documents is None else documents[:, n_past:],
             positions=None if position_ids is None else position_ids.clamp(min=0).expand(shape),
             inputs_embeds=inputs_embeds,
@@ -179,12 +189,21 @@ class RitornelloModel(RitornelloPreTrainedModel):
         )
         return RitornelloOutput(
             last_hidden_state=out.hidden,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values,
             hidden_states=self._states(inputs_embeds, capture, out) if capture is not None else None,
             loops_used=out.loops_used,
             balance_loss=out.aux.get("balance"),
             ponder_loss=out.aux.get("ponder"),
         )
+
+    def _cache(self, given: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
+        """What this pass reads and fills. Rows of several documents leave none: what follows would see all of them."""
+        if given is not None:
+            return given
+        require(not (use_cache and packed), "use_cache", True, "False where position_ids begin anew within a row")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not packed
+        return DynamicCache() if use_cache and not (self.gradient_checkpointing and self.training) else None
 
     def _states(self, embedded: Tensor | None, capture: Capture, out: Output) -> tuple[Tensor, ...]:
         assert embedded is not None
@@ -213,10 +232,13 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
 
     @classmethod
     def of(cls, model: RecurrentDepthTransformer, **options: Any) -> "RitornelloForCausalLM":
-        """Behind this interface, the model as it is: nothing is copied. options: of `RitornelloConfig`."""
+        """Behind this interface, the model as it is: no weight is copied. options: of `RitornelloConfig`."""
         with torch.device("meta"):
             found = cls(RitornelloConfig.of(model.config, **options))
-        found.model.rdt = adopt(model)
+        inner = copy(model)
+        inner._parameters = dict(model._parameters)
+        _vector(inner)
+        found.model.rdt = inner
         found.tie_weights()
         return found.train(model.training)
 
@@ -238,7 +260,7 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         n_loops: int | Tensor | None = None,
-        exit: ExitRule | None = None,
+        exit: ExitRule | str | tuple[Any, ...] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> RitornelloCausalLMOutput:
@@ -249,6 +271,7 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
             logits_to_keep: of the last so many positions only, or of these (K,); 0: of all.
         """
         states = {name: kwargs.pop(name) for name in ("output_hidden_states",) if name in kwargs}
+        _refuse_misspelt(kwargs)
         out = self.model(
             input_ids,
             attention_mask,
@@ -268,7 +291,8 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             extra = (self.config.balance_weight, out.balance_loss), (self.config.ponder_weight, out.ponder_loss)
-            loss = sum((weight * term for weight, term in extra if weight and term is not None), start=loss)
+            share = _share(labels, kwargs.get("num_items_in_batch"))
+            loss = sum((weight * term * share for weight, term in extra if weight and term is not None), start=loss)
         return RitornelloCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -294,19 +318,34 @@ def _seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def _documents(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], n_past: int) -> Tensor | None:
-    """(B, S) documents of all tokens, -1 padding; None: each row is one document, without padding."""
-    if mask is not None:
-        length = n_past + shape[1]
-        fits = mask.ndim == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= length
-        require(
-            fits, "attention_mask", tuple(mask.shape), f"(B, S) = {(shape[0], length)}: padding, not what sees what"
-        )
-        mask = mask[:, :length] > 0  # beyond: a cache of fixed size
-        return None if bool(mask.all()) else mask.long() - 1
-    if positions is None or n_past or shape[1] == 1:
+def _share(labels: Tensor, n_targets: Tensor | int | None) -> Tensor | float:
+    """Of the batch that one optimizer step sees, these labels (B, T)."""
+    return 1.0 if n_targets is None else (labels[:, 1:] != -100).sum() / n_targets
+
+
+def _documents(mask: Tensor | None, shape: tuple[int, int], n_past: int, *, fixed: bool) -> Tensor | None:
+    """(B, S) documents of all tokens, -1 padding; None: no padding. `fixed`: the mask may be as long as the cache."""
+    if mask is None:
+        return None
+    length = n_past + shape[1]
+    fits = (
+        mask.ndim == 2 and mask.shape[0] == shape[0] and (mask.shape[1] == length or (fixed and length < mask.shape[1]))
+    )
+    require(fits, "attention_mask", tuple(mask.shape), f"(B, S) = {(shape[0], length)}: padding, not what sees what")
+    mask = mask[:, :length] > 0
+    return None if bool(mask.all()) else mask.long() - 1
+
+
+def _packed(positions: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """(B, T) documents of rows in which positions begin anew; None: each row is one document."""
+    if positions is None or shape[1] == 1:
         return None
     begins = positions.diff(dim=-1) != 1
-    if not bool(begins.any()):
-        return None
-    return torch.nn.functional.pad(begins.long().cumsum(-1), (1, 0)).expand(shape)
+    return nn.functional.pad(begins.long().cumsum(-1), (1, 0)).expand(shape) if bool(begins.any()) else None
+
+
+def _refuse_misspelt(options: dict[str, Any]) -> None:
+    """transformers passes on what a model may not know; what is nearly spelt like an option of ours is a mistake."""
+    for name in options:
+        near = get_close_matches(name, ("n_loops", "exit", "logits_to_keep"), n=1, cutoff=0.7)
+        require(not near, name, options[name], "an option of this model", f"did you mean {near}?")

@@ -6,6 +6,8 @@ one, which is what deeper tokens read (a halted token is frozen). So whatever tr
 beams, cropping what was guessed wrong, quantising, keeps its meaning.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
@@ -17,11 +19,11 @@ from ritornello.ops.subset import Subset
 
 
 class Slots(KeyValues):
-    """`cache` with `past` (B, S) its tokens' documents, -1 padding; None: no padding among them."""
+    """`cache` with n_past tokens, `past` (B, n_past) their documents, -1 padding; None: no padding among them."""
 
-    def __init__(self, config: ModelConfig, cache: Cache, past: Tensor | None) -> None:
+    def __init__(self, config: ModelConfig, cache: Cache, n_past: int, past: Tensor | None) -> None:
         self.config, self.cache, self.documents = config, cache, past
-        self.length, self.n_new, self.loop = int(cache.get_seq_length()), 0, 0
+        self.length, self.n_new, self.loop = n_past, 0, 0
         self.new: dict[int, Tensor] = {}  # by layer, the entries of the new tokens at their last loop so far
         self.all: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, all tokens' keys and values at the last loop so far
 
@@ -54,7 +56,7 @@ class Slots(KeyValues):
         looped = range(c.n_prelude_layers, c.n_prelude_layers + c.n_recurrent_layers)
         for layer in looped if c.kv_sharing != "first" else ():
             slot = self._slot(layer, self.loop + 1)
-            while slot < len(self.cache.layers) and self._filled(slot) == self.length > 0:
+            while self._holds(slot):
                 self.cache.update(*self._split(self.new[layer]), slot)
                 slot += c.n_recurrent_layers
         self.length += self.n_new
@@ -70,15 +72,17 @@ class Slots(KeyValues):
         """Keys and values of all tokens, the new ones put in: those before may not have come so deep."""
         while len(self.cache.layers) <= slot:
             self.cache.layers.append(_another(self.cache.layers[-1]) if self.cache.layers else DynamicLayer())
-        if self._filled(slot) < self.length:
+        if self.length and not self._holds(slot):
             keys, values = (x[:, :, : self.length] for x in self.all[layer])
             self.cache.update(keys, values, slot)
         keys, values = self.cache.update(*self._split(entry), slot)
         end = self.length + self.n_new
         return keys[:, :, :end], values[:, :, :end]  # a cache of fixed size gives all that it has room for
 
-    def _filled(self, slot: int) -> int:
-        return int(self.cache.get_seq_length(slot))
+    def _holds(self, slot: int) -> bool:
+        """Whether it has the tokens before this pass: those that have it at all do, so that no device is waited for."""
+        layers: list[Any] = self.cache.layers
+        return slot < len(layers) and self.length > 0 and layers[slot].is_initialized
 
     def _split(self, entry: Tensor) -> tuple[Tensor, Tensor]:
         """An entry (B, T, W) as keys and values (B, G, T, K), or the latent and the rotary key (B, 1, T, R)."""

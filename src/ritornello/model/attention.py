@@ -127,11 +127,11 @@ class LatentAttention(Attention):
         return path(nope, rotary, entries.to(nope.dtype), mask).transpose(1, 2).flatten(-2)
 
     def absorbs(self, n_queries: int, n_entries: int) -> bool:
-        """Whether absorption multiplies less, per head: S tokens through kv_b_proj against T, with wider scores."""
+        """Whether absorption, which reads kv_b_proj's weight and no adapter around it, multiplies less, per head."""
         c = self.config
         projection = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
-        widening = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
-        return n_queries * projection + n_queries * n_entries * widening < n_entries * projection
+        scores = n_queries * n_entries * (2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim)
+        return type(self.kv_b_proj) is Linear and n_queries * projection + scores < n_entries * projection
 
     def expanded(self, nope: Tensor, rotary: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
         """Keys and values of every entry, made by kv_b_proj."""

@@ -116,8 +116,8 @@ class RecurrentDepthTransformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        weight = self.head_weight
-        return linear(hidden.to(weight.dtype), weight)
+        hidden = hidden.to(self.head_weight.dtype)
+        return linear(hidden, self.head_weight) if self.head is None else self.head(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) or (B, T, C) -> (B, T, D): the sum over C tables."""
