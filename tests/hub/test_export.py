@@ -1,12 +1,16 @@
 """A run as transformers' folder: with this package or without, and back."""
 
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ritornello.cli import main
@@ -99,13 +103,59 @@ def test_the_command_writes_whole_or_not_at_all(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_damaged_weights_are_named(folder, tmp_path):
-    found = wrapped(load(find_model("python"), device="cpu"))
-    state = {name: x for name, x in found.state_dict().items() if "coda" not in name}
-    found.save_pretrained(tmp_path, state_dict=state)
-    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-    with pytest.raises(ValueError, match="coda"):
-        open_model(tmp_path, device="cpu")
+def spoil_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def outside(folder):
+    weights = json.dumps({"weight_map": {"a": "../model.safetensors"}})
+    (folder / "model.safetensors.index.json").write_text(weights)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def rewritten(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+DAMAGE = {
+    "a pickle": (pickled, "without model.safetensors"),
+    "weights elsewhere": (outside, "names of safetensors files in the folder"),
+    "an index of nothing": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "weight_map"),
+    "cut": (lambda f: os.truncate(f / "model.safetensors", 100_000), "model.safetensors"),
+    "a weight that is missing": (lambda f: rewritten(f, lambda s: s.pop("model.rdt.norm.weight")), "missing"),
+    "a number that is none": (lambda f: rewritten(f, lambda s: s["model.rdt.norm.weight"].fill_(math.nan)), "NaN"),
+    "integers": (lambda f: rewritten(f, lambda s: s.update({NORM: s[NORM].long()})), "wrong dtype"),
+    "a far larger model": (lambda f: spoil_json(f / "config.json", dim=4096, n_prelude_layers=1024), "missing"),
+    "a shape that is none": (lambda f: spoil_json(f / "config.json", lora_targets=5), "lora_targets"),
+    "no configuration": (lambda f: (f / "config.json").write_text('{"model_type": "ritornello", "dim": "big"}'), "dim"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+    "added tokens": (lambda f: spoil_json(f / "tokenizer.json", added_tokens=[{"content": "<x>"}]), "added_tokens"),
+}
+NORM = "model.rdt.norm.weight"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(damage, folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    spoil, said = DAMAGE[damage]
+    spoil(copy)
+    assert main(["generate", str(copy), "--prompt", "x", "--max-tokens", "1"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_what_else_lies_there_is_not_read(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    spoil_json(copy / "config.json", depth=3, exit="kl", shape=1, _attn_implementation="someone/kernel", dtype="banana")
+    assert open_model(copy, device="cpu").model.config == load(find_model("python"), device="cpu").model.config
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

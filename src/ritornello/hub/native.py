@@ -1,31 +1,75 @@
-"""An exported folder back as what the rest of this package works with."""
+"""An exported folder back as what the rest of this package works with. Nothing in it is trusted: no code, no pickle, no
+file beside it, and no number is read before headers and configuration agree.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from ritornello.config import DataConfig, Recipe, require
+import torch
+
+from ritornello import recipes
+from ritornello.config import DataConfig, ModelConfig, Recipe, require
 from ritornello.device import pick_device
 from ritornello.engine.generate import Loaded
-from ritornello.hub.configuration import RitornelloConfig
-from ritornello.hub.modeling import RitornelloForCausalLM
+from ritornello.hub.configuration import SHAPE
 from ritornello.hub.tokenizer import without_specials
-from ritornello.recipes import read_text
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.train import tensors
+from ritornello.train.stored import Stored
 from ritornello.train.tokenizer import MAX_BYTES, from_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PREFIX = "model.rdt."
+SCALAR = "loop_embedding_scale"  # a vector of one number in such a folder
 
 
 def load_exported(path: str | Path, *, device: str = "auto") -> Loaded:
     """The model of a folder that `export` or `save_pretrained` wrote, ready to generate.
 
     Raises:
-        ValueError: weights that are missing, or of another shape; a tokenizer that is none of ours.
+        ValueError: what is damaged, missing or not of this model, named.
     """
     path, target = Path(path), pick_device(device)
-    config = RitornelloConfig.from_pretrained(path, local_files_only=True)
-    loading: Any = RitornelloForCausalLM.from_pretrained
-    model, found = loading(path, config=config, local_files_only=True, output_loading_info=True, dtype="auto")
-    wrong = sorted(map(str, found["missing_keys"] | found["unexpected_keys"] | found["mismatched_keys"]))
-    require(not wrong, f"{path} weights", wrong, "those of its configuration")
-    text = read_text(path / "tokenizer.json", max_bytes=MAX_BYTES)
-    shape, tokenizer = config.shape(), from_json(without_specials(text))
+    shape = _shape(path / "config.json")
+    tokenizer = from_json(without_specials(recipes.read_text(path / "tokenizer.json", max_bytes=MAX_BYTES)))
+    n_ids = tokenizer.vocab_size
+    require(n_ids <= shape.vocab_size, f"{path} tokenizer", f"{n_ids} ids", f"at most the model's {shape.vocab_size}")
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(shape)
+    stored = Stored(_files(path))
+    expected = {f"{PREFIX}{name}": x for name, x in model.state_dict().items()}
+    found = stored.described
+    for name in expected.keys() & found.keys():  # rounded weights are a model's own
+        if found[name].is_floating_point() and expected[name].is_floating_point():
+            expected[name] = expected[name].to(found[name].dtype)
+    expected = {name: x.view(1) if name.endswith(SCALAR) else x for name, x in expected.items()}
+    tensors.check(found, expected, stored.source)
+    state = {name.removeprefix(PREFIX): x for name, x in stored.read().items()}
+    model.load_state_dict({n: x.view(()) if n.endswith(SCALAR) else x for n, x in state.items()}, assign=True)
     recipe = Recipe(model=shape, data=DataConfig(seq_len=min(DataConfig.seq_len, shape.max_seq_len)))
-    return Loaded(model.native.eval().to(target), tokenizer, recipe, path)
+    return Loaded(model.eval().to(target), tokenizer, recipe, path)
+
+
+def _shape(source: Path) -> ModelConfig:
+    """What the configuration says of the model; the rest of it is transformers' own."""
+    body: Any = recipes.parse_json(recipes.read_text(source), source)
+    require(isinstance(body, dict), str(source), body, "an object")
+    try:
+        return recipes.validated(ModelConfig, {name: body[name] for name in SHAPE if name in body})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _files(path: Path) -> list[Path]:
+    """The folder's own weights, whole or in the shards that its index names."""
+    names: Any = [WEIGHTS]
+    if (path / INDEX).exists():
+        index: Any = recipes.parse_json(recipes.read_text(path / INDEX, max_bytes=MAX_BYTES), path / INDEX)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else None
+    ours = isinstance(names, list) and all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    require(ours and bool(names), f"{path / INDEX} weight_map", names, "names of safetensors files in the folder")
+    found = [path / name for name in names]
+    absent = next((file for file in found if file.is_symlink() or not file.is_file()), None)
+    require(absent is None, str(path), f"without {absent and absent.name}", "a folder with its weights")
+    return found
