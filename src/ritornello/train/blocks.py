@@ -181,8 +181,8 @@ class Blocks:
                 files.write_atomic(record, json.dumps(asdict(entry)).encode())
 
     def _documents(self, number: int, start: Position) -> Iterator[Document]:
-        """Of one block. The first has the run's validation text, and goes on until there is some; other documents of its
-        kind are nobody's text."""
+        """Of one block. The first has the run's validation text, and goes on until there is some; other documents of
+        its kind are nobody's text."""
         size, held = 0, number > 0
         for position, document, n_bytes in self._reader.passages(start):
             if self._ended.is_set():
