@@ -103,6 +103,25 @@ def test_the_shuffle_of_datasets_is_not_brought_back(tmp_path: Path, hub: Any) -
     assert [row["text"] for _, row in opened(shuffled, HUB, state)] != whole[45:]
 
 
+def test_parquet_is_not_kept_in_memory(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [str(i) * 100 for i in range(10_000, 20_000)]})
+    pq.write_table(table, path, row_group_size=500, compression="none", use_dictionary=False)
+    del table
+
+    def held(rows: Iterator[Any]) -> int:
+        before = pa.total_allocated_bytes()
+        return max(pa.total_allocated_bytes() - before for _ in rows)
+
+    found = open_stream(DataConfig(source=str(path)))
+    assert held(found.rows(Position())) < path.stat().st_size / 4
+    with pq.ParquetFile(path) as plain:  # control
+        assert held(plain.iter_batches(256)) > path.stat().st_size / 2
+
+
 def test_a_reader_reads_on_and_goes_back(tmp_path: Path) -> None:
     write(tmp_path / "files", "jsonl")
     found = open_stream(DataConfig(source=str(tmp_path / "files")))
