@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
 from ritornello.cli import main
 from ritornello.commands.loading import is_exported, open_model
@@ -201,3 +201,27 @@ def test_a_conversation_has_the_same_ids_and_the_same_mask(kind, tmp_path):
     assert ends(own) == [own.eos_id, own.chat_ids["<|end|>"]] == found.convert_tokens_to_ids([END, "<|end|>"])
     forged = "<|end|><|system|>"  # here the two differ, as the module says
     assert max(own.encode(forged)) < own.eos_id < min(found(forged)["input_ids"])
+
+
+def test_padding_is_not_the_end_of_a_text_where_there_is_an_id_to_spare(folder):
+    full = AutoTokenizer.from_pretrained(folder)  # the shipped model has none
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.pad_token_id == full.pad_token_id == 1023
+    found = to_transformers(ByteTokenizer(), max_length=64, vocab_size=264)
+    assert found.pad_token_id == 257 and found.eos_token_id == 256
+    collate = DataCollatorForLanguageModeling(found, mlm=False)
+    rows = [found(text + found.eos_token) for text in ("one", "and another")]
+    labels = collate(rows)["labels"]
+    assert (labels == found.eos_token_id).sum() == 2 and (labels == -100).sum() == 8
+    own = ByteTokenizer()
+    assert to_transformers(own, max_length=8, vocab_size=257).pad_token_id == own.eos_id
+    chat = to_transformers(ByteTokenizer(chat=True), max_length=8, vocab_size=264)
+    assert chat.pad_token_id == 261 and from_json(without_specials(chat.backend_tokenizer.to_str())).is_chat
+
+
+def test_a_full_disk_is_told_as_such(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    code = f"{limit}; import sys; from ritornello.cli import main; sys.exit(main(['export', 'python', 'out']))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -8,12 +8,14 @@ The code is this package's own, its modules side by side: transformers loads not
 """
 
 import ast
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ritornello.config import require
 from ritornello.engine.generate import Loaded, load
@@ -59,20 +61,29 @@ def export(run: str | Path, target: str | Path, *, dtype: torch.dtype | None = N
         ValueError: nothing valid in `run`, or something at `target`.
     """
     target = Path(target)
-    require(not target.exists(), "target", str(target), "a folder that does not exist yet")
+    require(not os.path.lexists(target), "target", str(target), "a folder that does not exist yet")
     loaded = load(run, device="cpu")
     files.make_directory(target.absolute().parent)
     with files.create_directory(target) as folder:
-        _write(loaded, folder, dtype, max_shard)
+        try:
+            _write(loaded, folder, dtype, max_shard)
+        except SafetensorError as error:  # how the library tells of a full disk
+            raise ValueError(f"{target}: could not be written; {error}") from error
     return target
 
 
 def wrapped(loaded: Loaded) -> RitornelloForCausalLM:
     """The model behind transformers' interface, not copied."""
-    given = {"eos_token_id": ends(loaded.tokenizer), "pad_token_id": loaded.tokenizer.eos_id}
+    given = {"eos_token_id": ends(loaded.tokenizer), "pad_token_id": tokenizer_of(loaded).pad_token_id}
     model = RitornelloForCausalLM.of(loaded.model, **given)
     model.generation_config = GenerationConfig(**given)
     return model
+
+
+def tokenizer_of(loaded: Loaded) -> PreTrainedTokenizerFast:
+    """Its tokenizer, for transformers."""
+    config = loaded.model.config
+    return to_transformers(loaded.tokenizer, max_length=config.max_seq_len, vocab_size=config.vocab_size)
 
 
 def _write(loaded: Loaded, folder: Path, dtype: torch.dtype | None, max_shard: str) -> None:
@@ -82,7 +93,7 @@ def _write(loaded: Loaded, folder: Path, dtype: torch.dtype | None, max_shard: s
         _round(model, dtype)
     model.config.dtype = dtype or model.dtype
     model.save_pretrained(folder, max_shard_size=max_shard)
-    to_transformers(loaded.tokenizer, max_length=config.max_seq_len).save_pretrained(folder)
+    tokenizer_of(loaded).save_pretrained(folder)
     for name, text in sources().items():
         (folder / name).write_text(text, encoding="utf-8")
     card = CARD.format(

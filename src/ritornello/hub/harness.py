@@ -16,10 +16,9 @@ from ritornello.config import MAX_LOOPS, ExitName, require, require_choice, requ
 from ritornello.device import pick_device
 from ritornello.engine.generate import load
 from ritornello.hub.configuration import RitornelloConfig
-from ritornello.hub.export import wrapped
+from ritornello.hub.export import tokenizer_of, wrapped
 from ritornello.hub.modeling import RitornelloForCausalLM
 from ritornello.hub.native import load_exported
-from ritornello.hub.tokenizer import to_transformers
 from ritornello.model.halting import check_exit
 from ritornello.recipes import find_model, is_exported
 
@@ -101,7 +100,7 @@ def opened(name_or_path: str | Path) -> tuple[RitornelloForCausalLM, PreTrainedT
     if not is_exported(path):
         loaded = load(path, device="cpu")
         sha256 = None if loaded.manifest is None else loaded.manifest.weights_sha256
-        return wrapped(loaded), to_transformers(loaded.tokenizer, max_length=loaded.model.config.max_seq_len), sha256
+        return wrapped(loaded), tokenizer_of(loaded), sha256
     model = wrapped(load_exported(path, device="cpu"))
     config = RitornelloConfig.from_pretrained(path, local_files_only=True)
     for name in DEPTH:

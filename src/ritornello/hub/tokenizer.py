@@ -16,7 +16,7 @@ from ritornello import recipes
 from ritornello.config import require
 from ritornello.train.tokenizer import CHAT_TOKENS, ByteTokenizer, Tokenizer
 
-END = "<|endoftext|>"
+END, PADDING = "<|endoftext|>", "<|padding|>"
 STOP = CHAT_TOKENS[-1]
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{- '<|' + message['role'] + '|>' -}}
@@ -29,14 +29,19 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""  # as train/chat.py encodes, loss and all
 
 
-def to_transformers(tokenizer: Tokenizer, *, max_length: int) -> PreTrainedTokenizerFast:
-    """max_length: tokens that the model reads at most. A tokenizer of conversations gets its chat template."""
+def to_transformers(tokenizer: Tokenizer, *, max_length: int, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """max_length: tokens that the model reads at most. A tokenizer of conversations gets its chat template.
+
+    vocab_size: ids that the model knows. One to spare becomes padding: where the end of a text pads too, collators take
+    it out of what is learnt, and a model that is tuned never learns to stop.
+    """
     backend = _bytes() if isinstance(tokenizer, ByteTokenizer) else _pieces(tokenizer)
-    backend.add_special_tokens([END, *tokenizer.chat_ids])
+    spare = vocab_size is not None and vocab_size > tokenizer.vocab_size
+    backend.add_special_tokens([END, *tokenizer.chat_ids, *([PADDING] if spare else [])])
     found = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,
-        pad_token=END,
+        pad_token=PADDING if spare else END,
         model_max_length=max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -72,6 +77,7 @@ def without_specials(tokenizer_json: str) -> str:
     added = processor.get("special_tokens") if isinstance(processor, dict) else processor
     require(not added, "tokenizer.json post_processor", added, "without tokens of its own")
     specials = [token.get("content") for token in found.get("added_tokens") or [] if isinstance(token, dict)]
+    specials = [name for name in specials if name != PADDING]
     known = [END, *CHAT_TOKENS]
     require(specials in (known[:1], known), "tokenizer.json added_tokens", specials, f"{known[:1]} or {known}")
     plain: dict[str, Any] = {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
