@@ -8,7 +8,7 @@ the same weights are the reference (2305.18290).
 import argparse
 import tempfile
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
@@ -34,7 +34,7 @@ words = [
     a + b for a in ("data", "file", "line", "user", "test", "node") for b in ("", "s", "_name", "_id", "_path", "0")
 ]
 pairs = [{"prompt": f"{word} = ", "chosen": f'"{word}"\n', "rejected": f"'{word}'\n"} for word in words]
-rows = load_dataset("json", data_files=args.data, split="train") if args.data else Dataset.from_list(pairs)
+rows = Dataset.from_json(args.data) if args.data else Dataset.from_list(pairs)
 rows = rows.shuffle(seed=0)
 train, held_out = rows.skip(9), rows.take(9)
 options = {"per_device_train_batch_size": 8, "learning_rate": 2e-3, "logging_steps": 10, "beta": 0.1}

@@ -8,7 +8,7 @@ so that any depth answers afterwards.
 import argparse
 import tempfile
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -39,9 +39,7 @@ model, tokenizer = wrapped(loaded), to_transformers(loaded.tokenizer, max_length
 tokenizer.chat_template = CHAT
 sums = [[("user", f"{a} + {b}"), ("assistant", str(a + b))] for a in range(20) for b in range(20)]
 rows = Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in sums])
-if args.data:
-    rows = load_dataset("json", data_files=args.data, split="train")
-rows = rows.shuffle(seed=0)
+rows = (Dataset.from_json(args.data) if args.data else rows).shuffle(seed=0)
 train, held_out = rows.skip(40), rows.take(40)
 depths = TrainConfig(depth="poisson", mean_loops=3, max_loops=6)
 options = {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "logging_steps": 50}
