@@ -20,12 +20,12 @@ KINDS: dict[str, dict] = {
     "GQA, experts": {},
     "MLA, experts": MLA,
     "GQA, dense": {"ffn": "dense", "tie_embeddings": False},
-    "exit by gate": {"ffn": "dense", "halting": "gate"},
+    "exit by KL": {"ffn": "dense", "halting": "gate"},
     "ACT, mixture": {"ffn": "dense", "halting": "act", "read_out": "mixture"},
     "keys of the first loop": {"kv_sharing": "first"},
     "plain": {"n_recurrent_layers": 0},
 }
-EXITS = {"gate": ExitRule("hazard", 0.5), "act": ExitRule("cumulative", 0.6)}
+EXITS = {"gate": ExitRule("kl", 0.2), "act": ExitRule("cumulative", 0.6)}
 COLUMNS = ("whole", "cache", "fixed cache", "padded", "deeper")
 
 
@@ -39,6 +39,8 @@ def model(kind: str, dtype: torch.dtype) -> RitornelloForCausalLM:
                 x.normal_(std=0.1)
             if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 x *= 8
+            if name.startswith("halting.head."):  # or all tokens would stop at once
+                x.normal_(std=2.0)
     return RitornelloForCausalLM.of(inner.to(dtype).eval())
 
 

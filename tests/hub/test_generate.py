@@ -54,7 +54,7 @@ def test_greedy_is_what_this_package_writes():
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_at_any_depth_and_with_an_exit_rule(cache):
     found, x = model("gate").double(), tokens()
-    for options in ({"n_loops": 7}, {"n_loops": torch.tensor([2, 5])}, {"exit": ExitRule("hazard", 0.5)}):
+    for options in ({"n_loops": 7}, {"n_loops": torch.tensor([2, 5])}, {"exit": ExitRule("hazard", 0.06)}):
         whole = written(found, x, do_sample=False, use_cache=False, **options)
         assert torch.equal(written(found, x, do_sample=False, cache_implementation=cache, **options), whole)
 
@@ -63,18 +63,32 @@ def test_guessed_by_another_model_and_checked():
     """Assisted decoding crops from the cache what was guessed wrong; a shallower call of the same model may guess."""
     found, x = model().double(), tokens(batch=1)
     plain = written(found, x, do_sample=False)
-    for guesser in (model(seed=3).double(), model(default_loops=1).double()):
-        assert torch.equal(written(found, x, do_sample=False, assistant_model=guesser), plain)
+    calls = {}
+    for name, guesser in {"other": model(seed=3), "shallow": model(default_loops=1), "same": model()}.items():
+        lengths = []
+        hook = found.native.register_forward_hook(
+            lambda _, __, out, lengths=lengths: lengths.append(out.hidden.shape[1])
+        )
+        assert torch.equal(written(found, x, do_sample=False, assistant_model=guesser.double()), plain)
+        hook.remove()
+        calls[name] = len(lengths)
+    assert calls["same"] < calls["other"] <= 8  # guesses stood, and guesses were taken back
     assert torch.equal(written(found, x, do_sample=False, prompt_lookup_num_tokens=2), plain)
 
 
 def test_a_conversation_goes_on_in_its_cache():
+    """At another depth: as with a budget for each token and no cache."""
     found, x = model().double(), tokens(batch=1)
     cache = DynamicCache()
     first = written(found, x, do_sample=False, past_key_values=cache, n_loops=2)
     longer = torch.cat((first, tokens(batch=1, length=3, seed=8)), 1)
     second = written(found, longer, do_sample=False, past_key_values=cache, n_loops=4)
-    assert second.shape[1] == longer.shape[1] + 8 and cache.get_seq_length() == second.shape[1] - 1
+    ids, n_shallow = longer, first.shape[1] - 1  # the last token was written, and not read yet
+    for _ in range(8):
+        budgets = torch.tensor([[2] * n_shallow + [4] * (ids.shape[1] - n_shallow)])
+        ids = torch.cat((ids, found(ids, n_loops=budgets, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(second, ids)
+    assert not torch.equal(second, written(found, longer, do_sample=False, n_loops=2))
 
 
 def test_scores_states_processors_and_streaming():

@@ -1,6 +1,6 @@
 """Behind transformers' interface the model is the same: whole, from a cache, padded, at any depth."""
 
-from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ritornello.hub import RitornelloConfig, RitornelloForCausalLM, RitornelloMo
 from ritornello.train.evaluate import evaluating
 from tests.hub.kinds import KINDS, config, model, tokens
 
-EXIT = {"gate": ExitRule("hazard", 0.5), "act": ExitRule("cumulative", 0.6), "moe": ExitRule("delta", 0.5)}
+EXIT = {"gate": ExitRule("hazard", 0.06), "act": ExitRule("cumulative", 0.6), "moe": ExitRule("delta", 0.4)}
 CLOSE = {"rtol": 0, "atol": 1e-12}
 ROUNDED = {"rtol": 0, "atol": 2e-6}  # in float32
 
@@ -40,6 +40,7 @@ def test_from_a_cache_as_whole(kind, split, fixed):
     mask[0, :3] = 0
     exit = EXIT.get(kind)
     whole = found(x, attention_mask=mask, exit=exit, use_cache=False)
+    assert exit is None or len(whole.loops_used.unique()) > 1, "tokens stop apart"
     cache = StaticCache(found.config, max_cache_len=16) if fixed else DynamicCache()
     first = found(x[:, :split], attention_mask=mask[:, :split], exit=exit, past_key_values=cache, use_cache=True)
     parts = [first.logits]
@@ -69,7 +70,7 @@ def test_each_call_at_its_own_depth(kind, depths):
         at += length
     whole = found(x, n_loops=torch.tensor(budgets).expand(2, -1))
     torch.testing.assert_close(torch.cat(parts, 1), whole.logits, **CLOSE)
-    assert not torch.allclose(found(x, n_loops=5).logits, whole.logits, atol=1e-6)
+    assert not torch.allclose(found(x, n_loops=5).logits, whole.logits, rtol=0, atol=1e-9)
 
 
 def test_what_is_packed_into_a_row_sees_itself_only():
@@ -78,6 +79,39 @@ def test_what_is_packed_into_a_row_sees_itself_only():
     out = found(x, position_ids=packed)
     torch.testing.assert_close(out.logits[:, 4:], found(x[:, 4:]).logits, **CLOSE)
     assert not torch.allclose(out.logits[:, 4:], found(x).logits[:, 4:], atol=1e-6)
+    assert out.past_key_values is None and found(x).past_key_values is not None  # what follows would see all
+    with pytest.raises(ValueError, match="use_cache"):
+        found(x, position_ids=packed, use_cache=True)
+
+
+def test_an_exit_rule_may_be_named():
+    found, x = model("gate").double(), tokens()
+    rule = ExitRule("hazard", 0.06, 3)
+    expected = found(x, exit=rule)
+    elsewhere = SimpleNamespace(rule="hazard", threshold=0.06, min_loops=3)  # of a folder's own code, say
+    for given in (("hazard", 0.06, 3), elsewhere):
+        assert torch.equal(found(x, exit=given).logits, expected.logits)
+    assert torch.equal(found(x, exit="hazard").logits, found(x, exit=ExitRule("hazard", 0.9)).logits)
+    assert not torch.equal(found(x, exit=("hazard", 0.06, 1)).logits, expected.logits)
+    with pytest.raises(ValueError, match="exit"):
+        found(x, exit=3)
+
+
+@pytest.mark.parametrize("options", [{"n_loop": 2}, {"n_lops": 2}, {"logit_to_keep": 1}])
+def test_what_is_nearly_an_option_is_a_mistake(options):
+    with pytest.raises(ValueError, match="did you mean"):
+        model()(tokens(), **options)
+    with pytest.raises(ValueError, match="did you mean"):
+        model().model(tokens(), **options)
+
+
+def test_a_mask_has_the_length_of_what_is_seen():
+    found, x = model(), tokens()
+    cache = found(x[:, :5]).past_key_values
+    for mask in (torch.ones(2, 9), torch.ones(2, 5)):
+        with pytest.raises(ValueError, match="attention_mask"):
+            found(x[:, 5:6], attention_mask=mask, past_key_values=cache)
+    found(x[:, 5:6], attention_mask=torch.ones(2, 6), past_key_values=cache)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,7 +227,14 @@ def test_what_is_missing_is_drawn_and_nothing_else(tmp_path):
 
 def test_a_model_is_wrapped_without_a_copy():
     inner = model().native
-    found = RitornelloForCausalLM.of(deepcopy(inner), default_loops=2)
+    before = {name: x.shape for name, x in inner.state_dict().items()}
+    parameters = list(inner.parameters())
+    found = RitornelloForCausalLM.of(inner, default_loops=2)
     assert found.config.shape() == inner.config
     with evaluating(found):
         assert torch.equal(found(tokens()).logits, inner(tokens(), n_loops=2).logits)
+    assert {name: x.shape for name, x in inner.state_dict().items()} == before
+    assert all(a is b for a, b in zip(inner.parameters(), parameters, strict=True))
+    with torch.no_grad():
+        inner.loop_embedding_scale.fill_(0.7)
+    assert found.native.loop_embedding_scale.item() == inner.loop_embedding_scale.item()
