@@ -33,7 +33,7 @@ model.config.default_loops = args.loops
 words = [
     a + b for a in ("data", "file", "line", "user", "test", "node") for b in ("", "s", "_name", "_id", "_path", "0")
 ]
-pairs = [{"prompt": f"{word} = ", "chosen": f'"{word}"\n', "rejected": f"'{word}'\n"} for word in words]
+pairs = [{"prompt": f"{word} =", "chosen": f' "{word}"\n', "rejected": f" '{word}'\n"} for word in words]
 rows = Dataset.from_json(args.data) if args.data else Dataset.from_list(pairs)
 rows = rows.shuffle(seed=0)
 train, held_out = rows.skip(9), rows.take(9)
