@@ -14,8 +14,7 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from ritornello import load
-from ritornello.hub.export import wrapped
-from ritornello.hub.tokenizer import to_transformers
+from ritornello.hub.export import tokenizer_of, wrapped
 from ritornello.recipes import find_model
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -28,12 +27,12 @@ args = parser.parse_args()
 
 set_seed(0)
 loaded = load(find_model(args.run), device="cpu")
-model, tokenizer = wrapped(loaded), to_transformers(loaded.tokenizer, max_length=128)
+model, tokenizer = wrapped(loaded), tokenizer_of(loaded)
 model.config.default_loops = args.loops
 words = [
     a + b for a in ("data", "file", "line", "user", "test", "node") for b in ("", "s", "_name", "_id", "_path", "0")
 ]
-pairs = [{"prompt": f"{word} = ", "chosen": f'"{word}"\n', "rejected": f"'{word}'\n"} for word in words]
+pairs = [{"prompt": f"{word} =", "chosen": f' "{word}"\n', "rejected": f" '{word}'\n"} for word in words]
 rows = Dataset.from_json(args.data) if args.data else Dataset.from_list(pairs)
 rows = rows.shuffle(seed=0)
 train, held_out = rows.skip(9), rows.take(9)

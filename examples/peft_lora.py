@@ -18,8 +18,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator, set_
 from ritornello import load
 from ritornello.config import TrainConfig
 from ritornello.hub.collators import RandomDepth
-from ritornello.hub.export import wrapped
-from ritornello.hub.tokenizer import to_transformers
+from ritornello.hub.export import tokenizer_of, wrapped
 from ritornello.recipes import find_model
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -31,7 +30,7 @@ args = parser.parse_args()
 
 set_seed(0)
 loaded = load(find_model(args.run), device="cpu")
-tokenizer = to_transformers(loaded.tokenizer, max_length=128)
+tokenizer = tokenizer_of(loaded)
 text = args.data.read_text() if args.data else "\n".join(topics.values())[:400_000]
 ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
 ids = ids[: len(ids) // 128 * 128].view(-1, 128).tolist()

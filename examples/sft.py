@@ -17,8 +17,7 @@ from ritornello import load
 from ritornello.config import TrainConfig
 from ritornello.hub.callbacks import RouterBias
 from ritornello.hub.collators import RandomDepth
-from ritornello.hub.export import wrapped
-from ritornello.hub.tokenizer import to_transformers
+from ritornello.hub.export import tokenizer_of, wrapped
 from ritornello.recipes import find_model
 
 # What lies between the generation marks is what the assistant says: its words and their end.
@@ -35,7 +34,7 @@ args = parser.parse_args()
 
 set_seed(0)
 loaded = load(find_model(args.run), device="cpu")
-model, tokenizer = wrapped(loaded), to_transformers(loaded.tokenizer, max_length=128)
+model, tokenizer = wrapped(loaded), tokenizer_of(loaded)
 tokenizer.chat_template = CHAT
 sums = [[("user", f"{a} + {b}"), ("assistant", str(a + b))] for a in range(20) for b in range(20)]
 rows = Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in sums])
