@@ -35,7 +35,7 @@ args = parser.parse_args()
 set_seed(0)
 loaded = load(find_model(args.run), device="cpu")
 model, tokenizer = wrapped(loaded), tokenizer_of(loaded)
-tokenizer.chat_template = CHAT
+tokenizer.chat_template = tokenizer.chat_template or CHAT  # a run of conversations has its own
 sums = [[("user", f"{a} + {b}"), ("assistant", str(a + b))] for a in range(20) for b in range(20)]
 rows = Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in sums])
 rows = (Dataset.from_json(args.data) if args.data else rows).shuffle(seed=0)
