@@ -32,7 +32,7 @@ def rounded(kind: Weights, **changes: Any) -> tuple[RecurrentDepthTransformer, R
 
 def matrices(model: RecurrentDepthTransformer) -> dict[str, Tensor]:
     """What is rounded: everything with two dimensions or more that is neither a table by loop nor read as it is."""
-    exact = ("embed_tokens", "lora_", "router", "injection", "loop_embedding", "halting", "probe", "carry")
+    exact = ("embed_tokens", "loop_A", "loop_B", "router", "injection", "loop_embedding", "halting", "probe", "carry")
     found = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and not any(x in name for x in exact)}
     return found | {"head.weight": model.head_weight}
 
