@@ -22,7 +22,7 @@ def group_of(name: str, parameter: nn.Parameter) -> Group:
     path = name.split(".")
     if _NO_DECAY & set(path) or parameter.ndim < 2:
         return "no_decay"
-    if _ADAMW & set(path) or path[-1].startswith("lora_"):
+    if _ADAMW & set(path) or path[-1] in ("loop_A", "loop_B"):
         return "decay"
     return "muon" if parameter.ndim == 2 else stacked_experts()
 
