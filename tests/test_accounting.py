@@ -28,6 +28,8 @@ ROWS = [
     for row in ({}, {"ffn": "dense"}, PLAIN, {"halting": "gate"}, {"injection": "linear", "carry_streams": 3})
 ]
 
+DELTAS = (".loop_A", ".loop_B")
+
 
 class Products(TorchDispatchMode):
     """The names of all operators that multiply matrices, whether a counter knows them or not."""
@@ -90,10 +92,10 @@ def test_shares_of_the_recurrent_block(row: dict) -> None:
     if model.config.ffn == "moe":
         del parts["recurrent_ffn"]
     shares = count_parameters(model.config)["shares"]
-    deltas = sum(p.numel() for n, p in model.recurrent.named_parameters() if "lora" in n)
+    deltas = sum(p.numel() for n, p in model.recurrent.named_parameters() if n.endswith(DELTAS))
     assert shares.get("lora", 0) == deltas
     for part, word in parts.items():
-        inside = {n: p for n, p in model.recurrent.named_parameters() if word in n and "lora" not in n}
+        inside = {n: p for n, p in model.recurrent.named_parameters() if word in n and not n.endswith(DELTAS)}
         if part == "recurrent_norms":
             inside = {n: p for n, p in inside.items() if "self_attn" not in n}
         assert shares.get(part, 0) == sum(p.numel() for p in inside.values()), part
@@ -105,7 +107,7 @@ def test_active_parameters_are_those_that_one_token_reaches(tied: bool) -> None:
     targets = ("o", "ffn")  # a token alone gives its query no gradient
     model = build(tiny(tie_embeddings=tied, n_token_tables=2, halting="act", lora_targets=targets))
     model(tokens_for(model.config, 1, 1), n_loops=1).logits.square().sum().backward()
-    sliced = ("lora_", ".experts.", "embed_tokens", "loop_embedding.")
+    sliced = (*DELTAS, ".experts.", "embed_tokens", "loop_embedding.")
     active = 0
     for name, p in model.named_parameters():
         in_slices = any(word in name for word in sliced)
