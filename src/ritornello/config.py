@@ -310,10 +310,15 @@ DEFAULT_RULES: dict[str, ExitName] = {
 }
 
 
+def exit_by(rule: ExitName, threshold: float | None = None, min_loops: int = 1) -> ExitRule:
+    """The rule with its usual threshold, where none is given."""
+    return ExitRule(rule, DEFAULT_THRESHOLDS[rule] if threshold is None else threshold, min_loops)
+
+
 def default_exit(halting: str) -> ExitRule | None:
     """The exit rule a model with this kind of halting was made for; None for a model without."""
     rule = DEFAULT_RULES.get(halting)
-    return ExitRule(rule, DEFAULT_THRESHOLDS[rule]) if rule else None
+    return exit_by(rule) if rule else None
 
 
 ROW_FIELDS: dict[DataFormat, str] = {"text": "text", "chat": "messages"}  # what a row is read from by default

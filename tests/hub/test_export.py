@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
 from ritornello.cli import main
-from ritornello.commands.loading import is_exported, open_model
+from ritornello.commands.loading import open_model
 from ritornello.engine.generate import generate, load
 from ritornello.hub.export import export, sources, wrapped
 from ritornello.hub.tokenizer import END, ends, to_transformers, without_specials
-from ritornello.recipes import find_model
+from ritornello.recipes import find_model, is_exported
 from ritornello.train.chat import chat_prompt, encode_chat
 from ritornello.train.tokenizer import ByteTokenizer, from_json, train_bpe
 from tests.hub.kinds import model

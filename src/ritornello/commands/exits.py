@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from ritornello.config import DEFAULT_THRESHOLDS, ExitName, ExitRule, require, require_choice
+from ritornello.config import ExitName, ExitRule, exit_by, require, require_choice
 
 
 def exit_rule(
@@ -13,7 +13,7 @@ def exit_rule(
         return no_exit(threshold, min_loops, "used with --exit RULE")
     require_choice("--exit", rule, (*get_args(ExitName), *others))
     name: ExitName = rule  # type: ignore[assignment]
-    return ExitRule(name, DEFAULT_THRESHOLDS[name] if threshold is None else threshold, min_loops)
+    return exit_by(name, threshold, min_loops)
 
 
 def no_exit(threshold: float | None, min_loops: int, allowed: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from ritornello.config import MAX_LOOPS, require, require_int
 from ritornello.engine.engine import Engine
-from ritornello.engine.generate import OVERFLOWED, Loaded, Wishes, engine_for, requests_of
+from ritornello.engine.generate import OVERFLOWED, Loaded, Wishes, engine_for, requests_of, stop_texts
 from ritornello.engine.request import Request
 from ritornello.engine.text import Generation, Text
 from ritornello.train.chat import Message, chat_prompt, check
@@ -45,9 +45,7 @@ class Conversation:
         remedy = "train one with data.format = 'chat', or continue texts with `generate`"
         name = "RUN" if loaded.path is None else str(loaded.path)
         require(loaded.tokenizer.is_chat, "chat with", name, "a run trained on conversations", remedy)
-        stop = wishes.pop("stop", ())
-        self._stops = [stop] if isinstance(stop, str) else list(stop)
-        require(all(self._stops), "stop", stop, "texts, none empty")
+        self._stops = stop_texts(wishes.pop("stop", ()))
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         check([*self._system, {"role": "user", "content": ""}], where="system")
         self.loaded, self._wishes = loaded, dict[str, Any](wishes)

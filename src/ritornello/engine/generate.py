@@ -181,12 +181,17 @@ def requests(
 ) -> tuple[list[Request], list[str]]:
     """What is asked for these texts, row i with seed + i, and the strings that end them: everything is checked."""
     require(isinstance(loaded, Loaded), "loaded", type(loaded).__name__, "what load(...) returns")
-    tokenizer = loaded.tokenizer
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    require(all(stops), "stop", stop, "texts, none empty")
+    tokenizer, stops = loaded.tokenizer, stop_texts(stop)
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     require(len(ids) > 0, "prompts", prompts, "at least one text")
     return requests_of(loaded, ids, **wishes), stops
+
+
+def stop_texts(stop: str | Sequence[str]) -> list[str]:
+    """One or several, as they were given."""
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    require(all(stops), "stop", stop, "texts, none empty")
+    return stops
 
 
 def requests_of(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ritornello import recipes
-from ritornello.config import DEFAULT_THRESHOLDS, MAX_LOOPS, ExitName, ExitRule, require, require_choice, require_int
+from ritornello.config import MAX_LOOPS, ExitName, ExitRule, exit_by, require, require_choice, require_int
 from ritornello.engine.constraints import Constraint
 from ritornello.engine.generate import Loaded, requests
 from ritornello.engine.request import Draft, Request
@@ -181,7 +181,7 @@ def _exit(checked: Line, row: Mapping[str, Any], usual: ExitRule | None) -> Exit
         changes["threshold"] = checked.exit_threshold
     if "min_loops" in row:
         changes["min_loops"] = checked.min_loops
-    base = usual if usual is not None and usual.rule == name else ExitRule(name, DEFAULT_THRESHOLDS[name])
+    base = usual if usual is not None and usual.rule == name else exit_by(name)
     return replace(base, **changes)
 
 

@@ -4,16 +4,16 @@ them, and what a call gets that asks for no depth.
 
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from transformers import PreTrainedConfig
 
 from ritornello.config import (
-    DEFAULT_THRESHOLDS,
     MAX_LOOPS,
     ExitName,
     ExitRule,
     ModelConfig,
+    exit_by,
     require,
     require_choice,
     require_int,
@@ -135,8 +135,8 @@ def exit_rule(rule: ExitName | None, threshold: float | None = None, min_loops: 
     if rule is None:
         require(threshold is None, "exit_threshold", threshold, "given with exit_rule")
         return None
-    require_choice("exit_rule", rule, tuple(DEFAULT_THRESHOLDS))
-    return ExitRule(rule, DEFAULT_THRESHOLDS[rule] if threshold is None else threshold, min_loops)
+    require_choice("exit_rule", rule, get_args(ExitName))
+    return exit_by(rule, threshold, min_loops)
 
 
 def as_rule(given: Any) -> ExitRule:

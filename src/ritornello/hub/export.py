@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from ritornello.config import require
 from ritornello.engine.generate import Loaded, load
 from ritornello.hub.modeling import RitornelloForCausalLM
-from ritornello.hub.tokenizer import ends, to_transformers
+from ritornello.hub.tokenizer import ends, padding_id, to_transformers
 from ritornello.train import files
 
 MODELING = "ritornello.hub.modeling"
@@ -74,7 +74,9 @@ def export(run: str | Path, target: str | Path, *, dtype: torch.dtype | None = N
 
 def wrapped(loaded: Loaded) -> RitornelloForCausalLM:
     """The model behind transformers' interface, not copied."""
-    given = {"eos_token_id": ends(loaded.tokenizer), "pad_token_id": tokenizer_of(loaded).pad_token_id}
+    tokenizer = loaded.tokenizer
+    padding = padding_id(tokenizer, loaded.model.config.vocab_size)
+    given = {"eos_token_id": ends(tokenizer), "pad_token_id": padding}
     model = RitornelloForCausalLM.of(loaded.model, **given)
     model.generation_config = GenerationConfig(**given)
     return model

@@ -100,12 +100,13 @@ class RitornelloPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Draw what was not loaded."""
-        state = self.native.state_dict(keep_vars=True)
-        loaded = {name: x.detach().clone() for name, x in state.items() if getattr(x, "_is_hf_initialized", False)}
+        state = self.native.state_dict(keep_vars=True).values()
+        loaded = [x for x in state if getattr(x, "_is_hf_initialized", False)]
         if len(loaded) < len(state) and not getattr(self.native, "_is_hf_initialized", False):
+            kept = [x.detach().clone() for x in loaded]
             initialize(self.native, _seed())
-            for name, x in loaded.items():
-                state[name].copy_(x)
+            for x, before in zip(loaded, kept, strict=True):
+                x.copy_(before)
         super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -160,27 +161,20 @@ class RitornelloModel(RitornelloPreTrainedModel):
         require(given is not None and given.ndim > 1, "input_ids", None, "(B, T), or else inputs_embeds (B, T, D)")
         assert given is not None
         shape = given.shape[0], given.shape[1]
-        documents = _packed(position_ids, shape) if attention_mask is None and past_key_values is None else None
-        past_key_values = self._cache(past_key_values, use_cache, packed=documents is not None)
-        slots, n_past = None, 0
-        if past_key_values is not None:
-            n_past = int(past_key_values.get_seq_length())
-            fixed = past_key_values.get_max_length() > 0 if past_key_values.layers else False
-            documents = _documents(attention_mask, shape, n_past, fixed=fixed)
-            slots = Slots(
-                self.rdt.config, past_key_values, n_past, None if documents is None else documents[:, :n_past]
-            )
-        elif attention_mask is not None:
-            documents = _documents(attention_mask, shape, 0, fixed=False)
+        packed = _packed(position_ids, shape) if attention_mask is None and past_key_values is None else None
+        cache = self._cache(past_key_values, use_cache, packed=packed is not None)
+        n_past = 0 if cache is None else int(cache.get_seq_length())
+        documents = _documents(attention_mask, shape, n_past, cache) if packed is None else packed
+        past, new = (None, None) if documents is None else documents.tensor_split((n_past,), 1)
         capture = Capture(frozenset("e")) if output_hidden_states else None
         out = self.rdt(
             input_ids,
             n_loops=c.depth if n_loops is None else n_loops,
             exit=c.exit if exit is None else as_rule(exit),
-            documents=None if documents is None else documents[:, n_past:],
+            documents=new,
             positions=None if position_ids is None else position_ids.clamp(min=0).expand(shape),
             inputs_embeds=inputs_embeds,
-            cache=slots,
+            cache=None if cache is None else Slots(self.rdt.config, cache, n_past, past),
             key=Key(_seed()) if training else None,
             capture=capture,
             checkpoint=self.gradient_checkpointing and training,
@@ -189,7 +183,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
         )
         return RitornelloOutput(
             last_hidden_state=out.hidden,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             hidden_states=self._states(inputs_embeds, capture, out) if capture is not None else None,
             loops_used=out.loops_used,
             balance_loss=out.aux.get("balance"),
@@ -262,6 +256,7 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
         n_loops: int | Tensor | None = None,
         exit: ExitRule | str | tuple[Any, ...] | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> RitornelloCausalLMOutput:
         """As `RitornelloModel.forward`, and
@@ -270,7 +265,6 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
             labels: (B, T), the tokens themselves: they are shifted here; -100 where nothing is to be predicted.
             logits_to_keep: of the last so many positions only, or of these (K,); 0: of all.
         """
-        states = {name: kwargs.pop(name) for name in ("output_hidden_states",) if name in kwargs}
         _refuse_misspelt(kwargs)
         out = self.model(
             input_ids,
@@ -281,8 +275,8 @@ class RitornelloForCausalLM(RitornelloPreTrainedModel, GenerationMixin):
             use_cache,
             n_loops,
             exit,
+            output_hidden_states,
             return_dict=True,
-            **states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = out.last_hidden_state
@@ -323,14 +317,14 @@ def _share(labels: Tensor, n_targets: Tensor | int | None) -> Tensor | float:
     return 1.0 if n_targets is None else (labels[:, 1:] != -100).sum() / n_targets
 
 
-def _documents(mask: Tensor | None, shape: tuple[int, int], n_past: int, *, fixed: bool) -> Tensor | None:
-    """(B, S) documents of all tokens, -1 padding; None: no padding. `fixed`: the mask may be as long as the cache."""
+def _documents(mask: Tensor | None, shape: tuple[int, int], n_past: int, cache: Cache | None) -> Tensor | None:
+    """(B, S) documents of all tokens, -1 padding; None: no padding."""
     if mask is None:
         return None
     length = n_past + shape[1]
-    fits = (
-        mask.ndim == 2 and mask.shape[0] == shape[0] and (mask.shape[1] == length or (fixed and length < mask.shape[1]))
-    )
+    fixed = cache is not None and bool(cache.layers) and cache.get_max_length() > 0  # the mask may be as long as it
+    fits = mask.ndim == 2 and mask.shape[0] == shape[0]
+    fits = fits and (mask.shape[1] == length or (fixed and mask.shape[1] > length))
     require(fits, "attention_mask", tuple(mask.shape), f"(B, S) = {(shape[0], length)}: padding, not what sees what")
     mask = mask[:, :length] > 0
     return None if bool(mask.all()) else mask.long() - 1

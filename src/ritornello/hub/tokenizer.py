@@ -36,7 +36,7 @@ def to_transformers(tokenizer: Tokenizer, *, max_length: int, vocab_size: int | 
     it out of what is learnt, and a model that is tuned never learns to stop.
     """
     backend = _bytes() if isinstance(tokenizer, ByteTokenizer) else _pieces(tokenizer)
-    spare = vocab_size is not None and vocab_size > tokenizer.vocab_size
+    spare = padding_id(tokenizer, vocab_size) != tokenizer.eos_id
     backend.add_special_tokens([END, *tokenizer.chat_ids, *([PADDING] if spare else [])])
     found = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -49,6 +49,12 @@ def to_transformers(tokenizer: Tokenizer, *, max_length: int, vocab_size: int | 
     )
     assert found.eos_token_id == tokenizer.eos_id, "the end of a document comes after all text"
     return found
+
+
+def padding_id(tokenizer: Tokenizer, vocab_size: int | None) -> int:
+    """An id of its own if the model knows one to spare, else that of the end of a text."""
+    spare = vocab_size is not None and vocab_size > tokenizer.vocab_size
+    return tokenizer.vocab_size if spare else tokenizer.eos_id
 
 
 def _bytes() -> Backend:

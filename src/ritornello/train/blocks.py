@@ -133,7 +133,7 @@ class Blocks:
         return self._opened(number, self._before(number))
 
     def _known(self, number: int) -> Entry:
-        record = self._path(number).with_suffix(".json")
+        record = self._record(number)
         if not record.exists() and self._next is not None and self._next[0] == number:
             self._next[1].result()
         elif not record.exists():
@@ -150,7 +150,7 @@ class Blocks:
                         stack.enter_context(files.lock(path, shared=True))
                         break
             dataset = open_shards(path)
-            _require_same(self._stream, dataset.fingerprint, _read(path.with_suffix(".json")).fingerprint)
+            _require_same(self._stream, dataset.fingerprint, _read(self._record(number)).fingerprint)
             return Block(dataset, rows_of(dataset, self._data), stack.pop_all())
 
     def _make(self, number: int, before: Entry | None) -> None:
@@ -161,12 +161,12 @@ class Blocks:
                     self._remove(number)
 
     def _is_complete(self, number: int) -> bool:
-        return self._path(number).exists() and self._path(number).with_suffix(".json").exists()
+        return self._path(number).exists() and self._record(number).exists()
 
     def _build(self, number: int, before: Entry | None) -> None:
         for left in self._folder.glob(f"{files.TEMPORARY}*"):  # by a process that was killed: its lock is gone
             files.remove_tree(left)
-        path, record = self._path(number), self._path(number).with_suffix(".json")
+        path, record = self._path(number), self._record(number)
         start = before.after if before else Position()
         corpus = Corpus(
             partial(self._documents, number, start), self._stream.files, self._stream.fingerprint, (), self._stream.chat
@@ -223,6 +223,9 @@ class Blocks:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}"
+
+    def _record(self, number: int) -> Path:
+        return self._path(number).with_suffix(".json")
 
 
 def rows_of(dataset: Dataset, data: DataConfig) -> Rows:

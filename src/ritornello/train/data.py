@@ -142,9 +142,9 @@ class Rows:
         start = self._offsets[stretch] + (rows - self._first_row[stretch]) * self.seq_len
         at = start[:, None] + np.arange(self.seq_len + 1)
         real = at < self._offsets[stretch + 1][:, None]
-        eos = self.split.eos_id
-        ids = np.where(real, self.split.read(np.minimum(at, self.split.n_tokens - 1)), eos)
-        counted = real[:, 1:] & self.split.counts(np.minimum(at, self.split.n_tokens - 1)[:, 1:])
+        eos, places = self.split.eos_id, np.minimum(at, self.split.n_tokens - 1)
+        ids = np.where(real, self.split.read(places), eos)
+        counted = real[:, 1:] & self.split.counts(places[:, 1:])
         tokens, labels = ids[:, :-1].copy(), np.where(counted, ids[:, 1:], NO_LABEL)
         ends = (tokens == eos) & self.isolate
         labels[ends] = NO_LABEL
