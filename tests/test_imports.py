@@ -7,6 +7,7 @@ import pytest
 
 LIGHT = (
     "ritornello.config",
+    "ritornello.limits",
     "ritornello.presets",
     "ritornello.recipes",
     "ritornello.progress",
