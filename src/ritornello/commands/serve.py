@@ -24,14 +24,14 @@ class Serve(Command):
         Positional[Path],
         arg(metavar="RUN", help="A run, one of its checkpoints, an exported folder, or `python`."),
     ]
-    host: Annotated[str, option("Where to listen; beyond this machine only with a key.", metavar="ADDRESS")] = "127.0.0.1"
+    host: Annotated[str, option("Where to listen; others get in by a key only.", metavar="ADDRESS")] = "127.0.0.1"
     port: Annotated[int, INTEGER, option("0 takes any that is free.")] = 8000
     name: Annotated[str | None, TEXT, option("The model's, for clients; RUN's own if not given.")] = None
     api_key_file: Annotated[Path | None, option("Keys that open, one a line.", metavar="FILE")] = None
-    max_loops: Annotated[int | None, INTEGER, option("The deepest that may be asked for; 4 times the model's own.")] = None
+    max_loops: Annotated[int | None, INTEGER, option("The deepest that may be asked for (4 × its own).")] = None
     max_cost: Annotated[int | None, INTEGER, option("Tokens × texts × loops of a request.")] = None
     max_requests: Annotated[int, INTEGER, option("Texts under way and waiting; more get 429.")] = 128
-    memory_mb: Annotated[int | None, INTEGER, option("For keys and values; if not given, for 4 of the longest texts.")] = None
+    memory_mb: Annotated[int | None, INTEGER, option("For keys and values (4 of the longest texts).")] = None
     drain_seconds: Annotated[float, REAL, option("For texts under way when it is told to end.")] = 60
     exact: Annotated[bool, option("The same bits in any company; slower.")] = False
     access_log: Annotated[bool, option("A line for each request.")] = False
@@ -46,7 +46,7 @@ class Serve(Command):
             if (value := getattr(self, name)) is not None:
                 require_int(f"--{name.replace('_', '-')}", value, 1, MAX_LOOPS if name == "max_loops" else None)
         local = is_local(self.host)
-        require(local or bool(keys), "--host", self.host, "this machine's own", "--api-key-file lets others in by a key")
+        require(local or bool(keys), "--host", self.host, "this machine's own, without --api-key-file FILE")
         try:
             import fastapi  # noqa: F401
         except ImportError as error:

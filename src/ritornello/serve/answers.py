@@ -143,9 +143,7 @@ def usage(n_prompt_tokens: int, loops: Sequence[Sequence[int]], *, per_token: bo
     mean = sum(used) / len(used) if used else None
     told = LoopsUsed(mean=mean, per_token=[list(each) for each in loops] if per_token else None)
     n = len(used)
-    return Usage(
-        prompt_tokens=n_prompt_tokens, completion_tokens=n, total_tokens=n_prompt_tokens + n, loops=told
-    )
+    return Usage(prompt_tokens=n_prompt_tokens, completion_tokens=n, total_tokens=n_prompt_tokens + n, loops=told)
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ class Form:
     def chunk(self, head: dict[str, Any], choices: Sequence[Any], told: Usage | None = None) -> str:
         """As JSON."""
         kind = ChatChunk if self.is_chat else TextAnswer
-        more = {} if told is None else {"usage": told}
+        more: dict[str, Any] = {} if told is None else {"usage": told}
         return kind.model_construct(**head, choices=list(choices), **more).model_dump_json(exclude_unset=True)
 
     def opening(self, place: int) -> ChatChoice:

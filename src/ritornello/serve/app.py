@@ -5,8 +5,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from ritornello import __version__
-from ritornello.config import ExitName, exit_by, shown
+from ritornello.config import ExitName, ModelConfig, exit_by, shown
 from ritornello.engine.calibration import calibration_of
 from ritornello.engine.generate import Loaded
 from ritornello.model.halting import check_exit
@@ -35,7 +36,6 @@ from ritornello.serve.writing import Writing
 
 Found = TypeVar("Found")
 PAGE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-EXITS: tuple[ExitName, ...] = ("hazard", "cumulative", "kl", "delta", "entropy")
 STATUSES = {
     400: "Wrong, or not supported.",
     401: "A valid key is wanted.",
@@ -138,7 +138,7 @@ class Streamed(EventSourceResponse):
             self._close()
 
 
-class Left(Exception):
+class LeftError(Exception):
     """Nobody waits for this answer any more."""
 
 
@@ -235,7 +235,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             return Streamed(_events(chunks), lambda: service.drop(writing))
         try:
             found = await unless_gone(request, writing.whole())
-        except Left:
+        except LeftError:
             return Response(status_code=499)
         finally:
             service.drop(writing)
@@ -265,7 +265,7 @@ async def _events(chunks: AsyncIterator[str]) -> AsyncIterator[bytes]:
 
 
 async def unless_gone(request: Request, work: Awaitable[Found]) -> Found:
-    """What `work` gives; raises Left, and ends it, where the client leaves before."""
+    """What `work` gives; raises LeftError, and ends it, where the client leaves before."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -275,7 +275,7 @@ async def unless_gone(request: Request, work: Awaitable[Found]) -> Found:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise Left
+            raise LeftError
         return tasks[0].result()
     finally:
         for task in tasks:
@@ -303,8 +303,12 @@ def listed(loaded: Loaded, settings: Settings) -> Listed:
         looped=not config.is_plain,
         chat=loaded.tokenizer.is_chat,
         calibrated=works(lambda: calibration_of(loaded)),
-        exits=[name for name in EXITS if works(lambda name=name: check_exit(config, exit_by(name)))],
+        exits=[name for name in get_args(ExitName) if works(partial(_check, config, name))],
     )
+
+
+def _check(config: ModelConfig, name: ExitName) -> None:
+    check_exit(config, exit_by(name))
 
 
 class _Counted:
@@ -327,6 +331,9 @@ class _Counted:
 
         try:
             await self.app(scope, receive, counted)
+        except Exception:
+            status = 500
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(route, str(status)).inc()

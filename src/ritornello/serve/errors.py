@@ -49,7 +49,7 @@ def answer(error: HTTPException) -> JSONResponse:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Of the app's exceptions: what FastAPI finds wrong, what Starlette does, what the engine does, what nobody does."""
+    """Of the app's exceptions: what FastAPI finds wrong, what Starlette does, what nobody expects."""
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:

@@ -63,7 +63,9 @@ class Guard:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise Refused(408, f"the body: must be here within {self.body_seconds:g} s", Connection="close") from None
+                raise Refused(
+                    408, f"the body: must be here within {self.body_seconds:g} s", Connection="close"
+                ) from None
             whole = not message.get("more_body", False)
             return message
 

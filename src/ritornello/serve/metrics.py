@@ -44,12 +44,20 @@ class _Engine(Collector):
         stats = self._worker.stats
         yield GaugeMetricFamily("ritornello_requests_running", "Texts under way.", stats.n_running)
         yield GaugeMetricFamily("ritornello_requests_waiting", "Texts that wait for memory.", stats.n_waiting)
-        held = GaugeMetricFamily("ritornello_kv_bytes", "Keys and values; idle: of used, for prompts to come.", labels=["state"])
+        held = GaugeMetricFamily(
+            "ritornello_kv_bytes", "Keys and values; idle: of used, for prompts to come.", labels=["state"]
+        )
         for state in ("used", "idle", "total"):
             held.add_metric([state], getattr(stats, f"bytes_{state}"))
         yield held
-        yield GaugeMetricFamily("ritornello_engine_silent_seconds", "Since the engine's last sign.", self._worker.silent_for())
-        told = {"ticks": "Passes of the block.", "token_loops": "Single tokens through it.", "preempted": "Started over."}
+        yield GaugeMetricFamily(
+            "ritornello_engine_silent_seconds", "Since the engine's last sign.", self._worker.silent_for()
+        )
+        told = {
+            "ticks": "Passes of the block.",
+            "token_loops": "Single tokens through it.",
+            "preempted": "Started over.",
+        }
         told |= {"drafted": "Tokens guessed.", "agreed": "Guesses that stood."}
         for name, says in told.items():
             yield CounterMetricFamily(f"ritornello_{name}", says, getattr(stats, f"n_{name}"))

@@ -12,7 +12,8 @@ from ritornello.serve.settings import MAX_GRAMMAR, MAX_STOP, MAX_STOPS
 def bounds(name: str) -> Any:
     """Those of the table that Python and the command line obey too."""
     limit = LIMITS[name]
-    return Field(le=limit.high, **{"gt" if limit.open_low else "ge": limit.low})
+    low, above = (None, limit.low) if limit.open_low else (limit.low, None)
+    return Field(ge=low, gt=above, le=limit.high)
 
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -59,7 +60,7 @@ class Depth(Strict):
     model: Annotated[str, Field(max_length=200)]
     loops: Loops | None = Field(None, description="Loops of each token, with `exit` the most; the model's own if null.")
     exit: ExitName | Literal["calibrated"] | None = Field(None, description="The rule by which a token may stop early.")
-    exit_threshold: Annotated[float, Field(ge=0)] | None = None
+    exit_threshold: Annotated[float, bounds("exit_threshold")] | None = None
     min_loops: Loops | None = Field(None, description="With `exit`: no token stops before.")
 
 
@@ -88,7 +89,9 @@ class Wishes(Depth):
         None, description="So many loops guess, full depth decides: the same text."
     )
     draft_tokens: Annotated[int, bounds("draft_tokens")] | None = None
-    loops_per_token: bool | None = Field(None, description="`usage.loops.per_token`, and in a stream a chunk per token.")
+    loops_per_token: bool | None = Field(
+        None, description="`usage.loops.per_token`, and in a stream a chunk per token."
+    )
     user: Annotated[str, Field(max_length=1000)] | None = Field(None, description="Means nothing here.")
 
 

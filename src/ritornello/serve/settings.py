@@ -43,7 +43,9 @@ class Settings:
         for name in ("max_cost", "max_requests"):
             require_int(name, getattr(self, name), 1)
         for name in ("header", "body", "write", "drain", "stall", "chunk"):
-            require_float(f"{name}_seconds", getattr(self, f"{name}_seconds"), 0, open_low=name not in ("drain", "chunk"))
+            require_float(
+                f"{name}_seconds", getattr(self, f"{name}_seconds"), 0, open_low=name not in ("drain", "chunk")
+            )
 
 
 def settings_for(config: ModelConfig, name: str, *, max_loops: int | None = None, **others: float) -> Settings:

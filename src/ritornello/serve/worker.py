@@ -1,4 +1,4 @@
-"""The engine in a thread of its own: what is asked of it comes in between two ticks, what it tells goes to who waits."""
+"""The engine in a thread of its own: what is asked comes in between two ticks, what it tells goes to who waits."""
 
 import asyncio
 import logging
@@ -174,7 +174,7 @@ class Worker:
         self._alive_at = time.monotonic()
         try:
             events = self.engine.step()
-        except Exception as error:  # noqa: BLE001 - whatever it is, others wait
+        except Exception as error:
             self._failures += 1
             log.error("tick failed (%d of %d)", self._failures, PATIENCE, exc_info=error)
             if self._failures == PATIENCE:

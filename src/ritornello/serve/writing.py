@@ -82,9 +82,7 @@ class Choice:
 class Writing:
     """All texts of one request. Read it once, by `pieces`, `stream` or `whole`."""
 
-    def __init__(
-        self, worker: Worker, texts: Texts, asked: Asked, form: Form, observer: Callable[..., object]
-    ) -> None:
+    def __init__(self, worker: Worker, texts: Texts, asked: Asked, form: Form, observer: Callable[..., object]) -> None:
         self.worker, self.texts, self.asked, self.form = worker, texts, asked, form
         self.choices = [Choice(place, asked, form.tokenizer) for place in range(len(asked.requests))]
         self._observer = observer
