@@ -166,7 +166,7 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Sequence[
         dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # for the schema: `Guard` looks at it
         separate_input_output_schemas=False,
     )
-    app.openapi = partial(_described, app)
+    app.openapi = partial(_described, app, service.settings)
     errors.add_handlers(app)
     _add_status(app, service)
     _add_models(app, service)
@@ -176,10 +176,16 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Sequence[
     return app
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
-    """The schema, made once: without the 422 that FastAPI announces for every body and nobody gets here."""
+def _described(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """The schema, made once: with what this server allows, without the 422 that FastAPI announces for every body and
+    nobody gets here."""
     if app.openapi_schema is None:
         found = FastAPI.openapi(app)
+        for schema in found["components"]["schemas"].values():
+            if {"model", "loops"} <= set(schema.get("properties", ())) and "exit" in schema["properties"]:
+                schema["properties"]["model"]["enum"] = [settings.name]
+                for name in ("loops", "min_loops"):
+                    schema["properties"][name]["anyOf"][0]["maximum"] = settings.max_loops
         for path in found["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
