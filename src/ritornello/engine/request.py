@@ -45,7 +45,6 @@ class Request:
     constraint: Constraint | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
-    scores_prompt: bool = False
     n_logprobs: int | None = None  # the token's log-probability comes back, and so many of the likeliest
 
     def __post_init__(self) -> None:
@@ -113,7 +112,6 @@ class Event:
     reason: str = ""
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
-    prompt: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
