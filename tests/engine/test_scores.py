@@ -164,7 +164,7 @@ def test_exact_scores_do_not_depend_on_company(kind: str) -> None:
     model, rule = made(kind, torch.float32)
     requests = [
         Request(prompt=p, max_tokens=3, n_loops=3, exit=rule, n_logprobs=20, scores_prompt=True)
-        for p in prompts(model.config, 5)
+        for p in prompts(model.config, 3)
     ]
     together = events(Engine(model, exact=True, chunk=8, tick_tokens=2 * EXACT), requests)
     for request, answer in zip(requests, together, strict=True):
