@@ -15,7 +15,22 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 PAGE = Path(__file__).parents[2] / "src/ritornello/serve/playground.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-WORDS = ("def", " area", "(", "", "π", ", r", "):", "\n   ", " return", " π", " *", " r", " **", " 2")  # π is two tokens
+WORDS = (
+    "def",
+    " area",
+    "(",
+    "",
+    "π",
+    ", r",
+    "):",
+    "\n   ",
+    " return",
+    " π",
+    " *",
+    " r",
+    " **",
+    " 2",
+)  # π is two tokens
 N_LOOPS, MAX_LOOPS = 6, 24
 
 
@@ -114,7 +129,9 @@ class Served:
     """`with Served(fake) as url`: on a free port, until the block ends."""
 
     def __init__(self, fake: Fake) -> None:
-        self.server = uvicorn.Server(uvicorn.Config(app_of(fake), port=0, log_level="error", timeout_graceful_shutdown=1))
+        self.server = uvicorn.Server(
+            uvicorn.Config(app_of(fake), port=0, log_level="error", timeout_graceful_shutdown=1)
+        )
         self.thread = threading.Thread(target=self.server.run)
 
     def __enter__(self) -> str:
