@@ -41,13 +41,15 @@ def loops_of(token: int, asked: int) -> int:
 
 @dataclass
 class Fake:
-    """words: a token each, ids are places in it. failure: what the next request gets instead. seen: every request."""
+    """words: a token each, ids are places in it. failure: what the next request gets instead.
+    breaks_at: the token after which a stream breaks off. seen: every request."""
 
     words: tuple[str, ...] = WORDS
     chat: bool = False
     looped: bool = True
     delay_s: float = 0.0
     key: str | None = None
+    breaks_at: int | None = None
     failure: tuple[int, str, dict[str, str]] | None = None
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -72,11 +74,16 @@ class Fake:
         chat = "messages" in body
         if chat:
             yield event({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        for token, word in enumerate(self.words[: body["max_tokens"]]):
+        words = self.words[: body["max_tokens"]]
+        for token, word in enumerate(words):
             text = {"delta": {"content": word}} if chat else {"text": word}
-            yield event({"index": 0, **text, "loops": [loops_of(token, body.get("loops", 1))], "token_ids": [token]})
+            reason = "stop" if token == len(words) - 1 else None
+            loops = {"loops": [loops_of(token, body.get("loops", 1))], "token_ids": [token]}
+            yield event({"index": 0, **text, **loops, "finish_reason": reason})
+            if token == self.breaks_at:
+                yield f"data: {json.dumps({'error': {'message': 'out of memory'}})}\n\n"
+                break
             await asyncio.sleep(self.delay_s)
-        yield event({"index": 0, **({"delta": {}} if chat else {"text": ""}), "finish_reason": "stop"})
         yield "data: [DONE]\n\n"
 
     def trace(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -96,8 +96,11 @@ def contrast(one: list[int], other: list[int]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def violations(page: sync.Page) -> list[str]:
-    return [f"{found['id']}: {found['nodes'][0]['html']}" for found in axe.Axe().run(page).response["violations"]]
+def violations(page: sync.Page, *rules: str) -> list[str]:
+    """rules: all if none is named."""
+    options = {"resultTypes": ["violations"]} | ({"runOnly": list(rules)} if rules else {})
+    found = axe.Axe().run(page, options=options).response["violations"]
+    return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
 
 
 def test_nothing_is_fetched_from_elsewhere_and_nothing_complains(
@@ -265,8 +268,8 @@ def test_a_trace_that_fails_is_told_and_asked_again(page: sync.Page, fake: Fake)
     ("failure", "said"),
     [
         ((400, "loops is 99: at most 24", {}), "The server refuses this: loops is 99: at most 24"),
-        ((429, "8 requests wait", {"Retry-After": "3"}), "The server is busy: 8 requests wait Try again in 3 s."),
-        ((503, "draining", {"Retry-After": "30"}), "takes no more requests: draining Try again in 30 s."),
+        ((429, "8 requests wait", {"Retry-After": "3"}), "The server is busy: 8 requests wait. Try again in 3 s."),
+        ((503, "draining", {"Retry-After": "30"}), "takes no more requests: draining. Try again in 30 s."),
     ],
 )
 def test_errors_are_told_in_words(
@@ -278,6 +281,15 @@ def test_errors_are_told_in_words(
     sync.expect(page.locator(".answer")).to_have_count(0)
     answered(page)
     sync.expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_what_breaks_off_is_told_and_its_beginning_stays(page: sync.Page, fake: Fake) -> None:
+    fake.breaks_at = 2
+    send(page)
+    sync.expect(page.get_by_role("alert")).to_have_text("The answer broke off: out of memory")
+    sync.expect(page.locator(".token")).to_have_text(["def", " area", "("])
+    sync.expect(page.locator(".facts")).to_contain_text("3 tokens")
+    sync.expect(page.locator(".facts")).to_contain_text("broken off")
 
 
 def test_a_key_is_asked_for_and_kept_in_memory_only(page: sync.Page, fake: Fake) -> None:
@@ -317,7 +329,7 @@ def test_a_conversation_goes_on(page: sync.Page, fake: Fake) -> None:
     answered(page, "And?")
     sync.expect(page.locator(".turn")).to_have_count(2)
     before = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi!"}]
-    assert fake.sent("/v1/chat/completions")[1]["messages"] == [*before, {"role": "user", "content": "And?"}]
+    assert fake.sent("/v1/chat/completions")[-1]["messages"] == [*before, {"role": "user", "content": "And?"}]
     fake.failure = (429, "full", {})
     send(page, "Lost?")
     sync.expect(page.get_by_label("Message")).to_have_value("Lost?")  # what failed is given back
@@ -343,7 +355,7 @@ def test_axe_finds_nothing(page: sync.Page, fake: Fake, scheme: str) -> None:
     sync.expect(panel(page)).to_contain_text("Entropy")
     assert violations(page) == []
     page.locator("#prompt").evaluate("field => field.closest('label').replaceWith(field)")
-    assert any("label" in found for found in violations(page)), "a field without its label is seen"
+    assert violations(page, "label"), "a field without its label is seen"
 
 
 def test_it_fits_a_phone(page: sync.Page, fake: Fake) -> None:
