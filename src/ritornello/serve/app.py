@@ -9,8 +9,9 @@ from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar, get_args
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse, format_sse_event
 from fastapi_offline import FastAPIOffline
 from openai.types import Model
@@ -30,7 +31,7 @@ from ritornello.serve.errors import ErrorBody, Refused
 from ritornello.serve.guard import Guard
 from ritornello.serve.metrics import Metrics
 from ritornello.serve.schema import ChatBody, CompletionBody, Wishes
-from ritornello.serve.settings import MAX_BODY, Settings
+from ritornello.serve.settings import Settings
 from ritornello.serve.worker import OverloadedError, Worker
 from ritornello.serve.writing import Writing
 
@@ -44,6 +45,7 @@ STATUSES = {
     413: "The body is too large.",
     415: "The body is no JSON.",
     421: "Another host's name.",
+    431: "Too long a head.",
     429: "Too much to do: come back after Retry-After.",
     500: "A defect.",
     503: "On its way out, or stuck.",
@@ -160,11 +162,11 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Sequence[
         version=__version__,
         description="A recurrent-depth transformer behind OpenAI's interface. `loops` is a dial.",
         lifespan=lifespan,
-        max_body_size=MAX_BODY,
         responses=refusals,
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [],  # for the schema: `Guard` looks at it
         separate_input_output_schemas=False,
     )
-    app.state.service = service
+    app.openapi = partial(_described, app, service.settings)
     errors.add_handlers(app)
     _add_status(app, service)
     _add_models(app, service)
@@ -172,6 +174,24 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Sequence[
     app.add_middleware(Guard, keys=keys, hosts=hosts, body_seconds=service.settings.body_seconds)
     app.add_middleware(_Counted, metrics=service.metrics)
     return app
+
+
+def _described(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """The schema, made once: with what this server allows, without the 422 that FastAPI announces for every body and
+    nobody gets here."""
+    if app.openapi_schema is None:
+        found = FastAPI.openapi(app)
+        for schema in found["components"]["schemas"].values():
+            if {"model", "loops"} <= set(schema.get("properties", ())) and "exit" in schema["properties"]:
+                schema["properties"]["model"]["enum"] = [settings.name]
+                for name in ("loops", "min_loops"):
+                    schema["properties"][name]["anyOf"][0]["maximum"] = settings.max_loops
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(name, None)
+    return app.openapi_schema or {}
 
 
 def _add_status(app: FastAPI, service: Service) -> None:

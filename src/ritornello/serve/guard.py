@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ritornello.serve.errors import Refused, answer
+from ritornello.serve.settings import MAX_BODY, MAX_HEAD
 
 OPEN = ("/", "/health", "/ready")  # without a key; everything else wants one, whether it exists or not
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -29,6 +30,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         refused = self._refused(scope["path"], scope["method"], Headers(scope=scope))
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
+            refused = Refused(431, f"headers: must be {MAX_HEAD} bytes at most", Connection="close")
         if refused is not None:
             await answer(refused)(scope, receive, send)
             return
@@ -44,6 +47,9 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != "application/json":
             return Refused(415, "Content-Type: must be application/json", Connection="close")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > MAX_BODY:
+            return _too_large()
         return None
 
     def _opens(self, authorization: str) -> bool:
@@ -53,10 +59,10 @@ class Guard:
         return scheme.lower() == "bearer" and any(found)
 
     def _in_time(self, receive: Receive) -> Receive:
-        deadline, whole = asyncio.get_running_loop().time() + self.body_seconds, False
+        deadline, whole, size = asyncio.get_running_loop().time() + self.body_seconds, False, 0
 
         async def received() -> Message:
-            nonlocal whole
+            nonlocal whole, size
             if whole:  # what is waited for now is that the client leaves
                 return await receive()
             try:
@@ -66,7 +72,13 @@ class Guard:
                 raise Refused(
                     408, f"the body: must be here within {self.body_seconds:g} s", Connection="close"
                 ) from None
-            whole = not message.get("more_body", False)
+            whole, size = not message.get("more_body", False), size + len(message.get("body", b""))
+            if size > MAX_BODY:
+                raise _too_large()
             return message
 
         return received
+
+
+def _too_large() -> Refused:
+    return Refused(413, f"the body: must be {MAX_BODY} bytes at most", Connection="close")

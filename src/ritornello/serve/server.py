@@ -12,8 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ritornello.serve.app import Service
-
-MAX_HEAD = 16_384  # bytes of a request's line and headers
+from ritornello.serve.settings import MAX_HEAD
 
 
 class Server(uvicorn.Server):
@@ -96,16 +95,9 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def serve(app: Any, service: Service, listening: socket.socket, *, access_log: bool = False) -> None:
-    """Until a signal ends it.
-
-    Raises:
-        KeyboardInterrupt: that was Ctrl-C.
-        SystemExit: a second signal.
-    """
-    raise_file_limit()
+def config_for(app: Any, service: Service, *, access_log: bool = False) -> uvicorn.Config:
     connection = type("Timed", (Connection,), {"header_seconds": service.settings.header_seconds})
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         http=connection,
         ws="none",
@@ -117,7 +109,17 @@ def serve(app: Any, service: Service, listening: socket.socket, *, access_log: b
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_graceful_shutdown=2,  # by then all that is under way was waited for
     )
-    server = Server(config, service)
+
+
+def serve(app: Any, service: Service, listening: socket.socket, *, access_log: bool = False) -> None:
+    """Until a signal ends it.
+
+    Raises:
+        KeyboardInterrupt: that was Ctrl-C.
+        SystemExit: a second signal.
+    """
+    raise_file_limit()
+    server = Server(config_for(app, service, access_log=access_log), service)
     server.run([listening])
     if server.force_exit:
         raise SystemExit(128 + (server.signal or signal.SIGTERM))

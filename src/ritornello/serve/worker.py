@@ -37,9 +37,10 @@ class Texts:
     async def read(self) -> list[tuple[int, Event]]:
         """What has come since, at least one; raises what made the engine give them up."""
         await self._new.wait()
-        self._new.clear()
         told, self._told = self._told, []
-        if self._failure is not None and not told:
+        if self._failure is None:
+            self._new.clear()
+        elif not told:
             raise self._failure
         return told
 
