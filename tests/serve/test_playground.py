@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.fake import MAX_LOOPS, N_LOOPS, WORDS, Fake, Served, loops_of
+from tests.serve.running import running, small
 
 pytestmark = pytest.mark.browser
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
@@ -345,6 +346,26 @@ def test_a_plain_model_has_no_depth(page: sync.Page, fake: Fake) -> None:
     answered(page)
     assert not {"loops", "exit"} & fake.sent("/v1/completions")[0].keys()
     sync.expect(page.locator(".facts")).not_to_contain_text("loops")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_our_own_server_takes_what_the_page_sends(tab: sync.Page, chat: bool) -> None:
+    with running(small(chat=chat)) as server:
+        tab.goto(server.url)
+        tab.get_by_label("Exit rule").select_option("kl")
+        tab.get_by_label("Threshold").fill("0.001")
+        tab.get_by_label("Max tokens").fill("12")
+        tab.get_by_label("Seed").fill("3")
+        answered(tab, "hello")
+        ask = {"max_tokens": 12, "seed": 3, "temperature": 0.7, "exit": "kl", "exit_threshold": 0.001}
+        asked = {"messages": [{"role": "user", "content": "hello"}]} if chat else {"prompt": "hello"}
+        told = server.post("chat/completions" if chat else "completions", **ask, **asked).json()
+        text = told["choices"][0]["message"]["content"] if chat else told["choices"][0]["text"]
+        usage = told["usage"]
+        mean = f"{usage['completion_tokens']} tokens, {usage['loops']['mean']:.1f} loops in the mean"
+        sync.expect(tab.locator(".facts")).to_contain_text(mean)
+        assert "".join(tab.locator(".token").evaluate_all("all => all.map(token => token.textContent)")) == text
+        tab.goto("about:blank")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
