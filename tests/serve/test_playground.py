@@ -145,7 +145,7 @@ def test_an_answer_streams_in_the_colours_of_its_loops(page: sync.Page, fake: Fa
     assert len({*zip(joined, shades, strict=True)}) == len({*joined})
     assert len({*shades}) == 6
     assert page.locator("#legend li").all_inner_texts() == [*"123456"]
-    sync.expect(page.locator(".facts")).to_contain_text(re.compile(r"\d tokens/s; ended by the model; seed \d"))
+    sync.expect(page.locator(".facts")).to_contain_text(re.compile(r"\d tokens/s; ended by the model; seed\s\d"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
