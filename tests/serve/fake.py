@@ -1,4 +1,4 @@
-"""A server that plays the HTTP contract with made-up answers: exact, and as slow as a test wants it."""
+"""A server that plays the HTTP contract with made-up answers: exact, and waiting midway where a test wants to look."""
 
 import asyncio
 import json
@@ -42,13 +42,14 @@ def loops_of(token: int, asked: int) -> int:
 @dataclass
 class Fake:
     """words: a token each, ids are places in it. failure: what the next request gets instead.
-    breaks_at: the token after which a stream breaks off. seen: every request."""
+    waits_at, breaks_at: the token after which a stream waits until told otherwise, or breaks off.
+    seen: every request."""
 
     words: tuple[str, ...] = WORDS
     chat: bool = False
     looped: bool = True
-    delay_s: float = 0.0
     key: str | None = None
+    waits_at: int | None = None
     breaks_at: int | None = None
     failure: tuple[int, str, dict[str, str]] | None = None
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -83,7 +84,8 @@ class Fake:
             if token == self.breaks_at:
                 yield f"data: {json.dumps({'error': {'message': 'out of memory'}})}\n\n"
                 break
-            await asyncio.sleep(self.delay_s)
+            while token == self.waits_at:
+                await asyncio.sleep(0.01)
         yield "data: [DONE]\n\n"
 
     def trace(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = "--disable-background-networking --disable-component-update --disable-sync --no-first-run"
 TEXT = "".join(WORDS)
+WAIT_MS = 15_000  # cores may be busy
 SHADES = """all => all.map(element => {
   const pixel = new OffscreenCanvas(1, 1).getContext("2d"), {backgroundColor, color} = getComputedStyle(element);
   return [backgroundColor, color].map(css => {
@@ -33,6 +34,7 @@ def browser() -> Iterator[sync.Browser]:
     with sync.sync_playwright() as playwright:
         args = ["--no-sandbox", "--disable-gpu", *QUIET.split()]
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=args)
+        sync.expect.set_options(timeout=WAIT_MS)
         yield browser
         browser.close()
 
@@ -54,7 +56,7 @@ def fake(served: tuple[Fake, str]) -> Fake:
 def tab(browser: sync.Browser) -> Iterator[sync.Page]:
     """One for all tests, each of which loads its page anew: another one takes a second."""
     page = browser.new_page()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(WAIT_MS)
     yield page
     page.close()
 
@@ -130,12 +132,12 @@ def test_nothing_is_fetched_from_elsewhere_and_nothing_complains(
 
 
 def test_an_answer_streams_in_the_colours_of_its_loops(page: sync.Page, fake: Fake) -> None:
-    fake.delay_s = 0.03
+    fake.waits_at = 2
     send(page)
     tokens = page.locator(".token")
-    sync.expect(tokens).not_to_have_count(0)
-    assert tokens.count() < len(WORDS) - 1, "the first tokens are there before the last ones"
+    sync.expect(tokens).to_have_count(3)
     sync.expect(page.get_by_role("status")).to_have_text("writing…")
+    fake.waits_at = None
     sync.expect(page.get_by_role("status")).to_contain_text("done: 14 tokens, 3.5 loops in the mean")
     assert page.locator(".text").inner_text().replace("⏎", "") == "import math\n" + TEXT
     loops = [loops_of(i, N_LOOPS) for i in range(len(WORDS))]
@@ -199,18 +201,16 @@ def test_the_same_at_another_depth(page: sync.Page, fake: Fake) -> None:
 
 
 def test_what_is_written_can_be_stopped(page: sync.Page, fake: Fake) -> None:
-    fake.words, fake.delay_s = ("word ",) * 64, 0.02
+    fake.waits_at = 2
     for stop in (lambda: page.get_by_role("button", name="Stop").click(), lambda: page.keyboard.press("Escape")):
         send(page)
-        sync.expect(page.locator(".token").nth(2)).to_be_attached()
+        sync.expect(page.locator(".token")).to_have_count(3)
         stop()
-        sync.expect(page.get_by_role("status")).to_contain_text("stopped")
-        n = page.locator(".token").count()
-        assert 3 <= n < 64
-        sync.expect(page.locator(".facts")).to_contain_text(f"{n} tokens")
+        sync.expect(page.get_by_role("status")).to_contain_text("stopped: 3 tokens")
+        sync.expect(page.locator(".facts")).to_contain_text("stopped by you")
     page.locator(".token").first.hover()
     sync.expect(panel(page)).to_contain_text("Entropy")
-    assert len(fake.sent("/v1/trace")[0]["completion"]) == n
+    assert fake.sent("/v1/trace")[0]["completion"] == [0, 1, 2]
 
 
 def test_a_token_shows_its_loops(page: sync.Page, fake: Fake) -> None:
