@@ -215,16 +215,17 @@ def requests_of(
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
     longest, limit = max(map(len, ids)), model.config.max_seq_len
     require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
-    how: Any = {
-        "max_tokens": max_tokens,
-        "n_loops": n_loops,
-        "exit": exit,
-        "n_logprobs": n_logprobs,
-        "scores_prompt": scores_prompt,
-    }
+    how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit}
+    how |= {"n_logprobs": n_logprobs, "scores_prompt": scores_prompt}
     stop_ids = frozenset(range(tokenizer.eos_id, tokenizer.vocab_size))
-    how |= {"stop": stop_ids, "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
-    seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]
+    how |= {
+        "scores_prompt": scores_prompt,
+        "stop": stop_ids,
+        "loop_budget": loop_budget,
+        "draft": draft,
+        "constraint": constraint,
+    }
+    seeds = [replace(checked, seed=(checked.seed + i) % 2**63) for i in range(len(ids))]
     asked = [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)]
     check_request(model.config, asked[0], n_loops=n_loops or model.config.n_loops, vocab_size=tokenizer.vocab_size)
     return asked

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -20,6 +20,7 @@ from ritornello.engine.request import Event, Request, Stats
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
+DONE: Any = object()
 PATIENCE = 3  # ticks in a row that may fail: after each one all texts start over
 STATS_SECONDS = 0.25  # how old the published ones may be while the engine works
 
@@ -37,11 +38,10 @@ class Texts:
     async def read(self) -> list[tuple[int, Event]]:
         """What has come since, at least one; raises what made the engine give them up."""
         await self._new.wait()
-        told, self._told = self._told, []
-        if self._failure is None:
-            self._new.clear()
-        elif not told:
+        if self._failure is not None:
             raise self._failure
+        self._new.clear()
+        told, self._told = self._told, []
         return told
 
     def tell(self, events: Sequence[tuple[int, Event]]) -> None:
@@ -51,6 +51,14 @@ class Texts:
     def fail(self, error: Exception) -> None:
         self._failure = error
         self._new.set()
+
+
+class GivenUpError(Exception):
+    """Texts that will not be written to their end, with the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class OverloadedError(Exception):
@@ -72,6 +80,7 @@ class Worker:
     def __init__(self, engine: Engine, *, max_requests: int) -> None:
         self.engine, self.max_requests = engine, max_requests
         self.n_texts = self.cost = 0  # of all that are let in and not given back
+        self._open: set[Texts] = set()
         self.stats: Stats = engine.stats()
         self.rate = 0.0  # tokens × loops a second, lately
         self._inbox: SimpleQueue[Callable[[], object]] = SimpleQueue()
@@ -115,27 +124,43 @@ class Worker:
         self._inbox.put(run)
         return await future
 
-    async def open(self, requests: Sequence[Request], *, cost: int) -> Texts:
-        """Let them in; `drop` has to follow, whatever happens.
+    async def open(self, requests: Sequence[Request], *, cost: int, n: int | None = None) -> Texts:
+        """Let them in, as n texts; `drop` has to follow, whatever happens.
 
         Raises:
             OverloadedError: no room for them now.
             ValueError: what the engine cannot do.
         """
-        if self.n_texts + len(requests) > self.max_requests:
+        n = len(requests) if n is None else n
+        if self.n_texts + n > self.max_requests:
             raise OverloadedError(self.wait())
         texts = Texts(cost)
-        self.n_texts += len(requests)
+        self._open.add(texts)
+        self.n_texts += n
         self.cost += cost
         try:
             await self.call(partial(self._submit, texts, requests))
         except BaseException:
-            self.drop(texts, len(requests))
+            self.drop(texts, n)
             raise
         return texts
 
+    async def steps(self, work: Iterator[Found], *, cost: int) -> AsyncIterator[Found]:
+        """What `work` yields, one step between two ticks at a time; it counts as a text.
+
+        Raises:
+            OverloadedError: no room for it now.
+        """
+        texts = await self.open([], cost=cost, n=1)
+        try:
+            while (found := await self.call(partial(next, work, DONE))) is not DONE:
+                yield found
+        finally:
+            self.drop(texts, 1)
+
     def drop(self, texts: Texts, n: int) -> None:
         """Whatever is left of these n texts ends."""
+        self._open.discard(texts)
         self.n_texts -= n
         self.cost -= texts.cost
         self._inbox.put(partial(self._cancel, texts.numbers))
@@ -143,6 +168,11 @@ class Worker:
     def end(self, number: int) -> None:
         """One text of several is complete before the engine knows."""
         self._inbox.put(partial(self._cancel, [number]))
+
+    def give_up(self, message: str) -> None:
+        """On all that are under way; their clients are told."""
+        for texts in self._open:
+            texts.fail(GivenUpError(503, message))
 
     def wait(self) -> int:
         """Seconds until there may be room: what a text under way costs at most, at the rate of late."""
@@ -179,7 +209,7 @@ class Worker:
             self._failures += 1
             log.error("tick failed (%d of %d)", self._failures, PATIENCE, exc_info=error)
             if self._failures == PATIENCE:
-                self._give_up(error)
+                self._give_up()
             return
         self._failures = 0
         if events:
@@ -196,12 +226,15 @@ class Worker:
                     del self._places[event.number]
         self._on_loop(lambda: [texts.tell(some) for texts, some in told.items()])
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self) -> None:
         """On all texts there are: what comes next may fare better."""
         everyone = {texts for texts, _ in self._places.values()}
+        log.error("%d texts are given up", len(self._places))
         self._cancel([*self._places])
         self._failures = 0
-        self._on_loop(lambda: [texts.fail(error) for texts in everyone])
+        self._on_loop(
+            lambda: [texts.fail(GivenUpError(500, "the engine failed; its log has more")) for texts in everyone]
+        )
 
     def _submit(self, texts: Texts, requests: Sequence[Request]) -> None:
         for place, request in enumerate(requests):
