@@ -365,6 +365,8 @@ def test_our_own_server_takes_what_the_page_sends(tab: sync.Page, chat: bool) ->
         mean = f"{usage['completion_tokens']} tokens, {usage['loops']['mean']:.1f} loops in the mean"
         sync.expect(tab.locator(".facts")).to_contain_text(mean)
         assert "".join(tab.locator(".token").evaluate_all("all => all.map(token => token.textContent)")) == text
+        tab.locator(".token").first.hover()
+        sync.expect(panel(tab)).to_contain_text("Entropy")
         tab.goto("about:blank")
 
 
