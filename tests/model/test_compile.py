@@ -107,13 +107,15 @@ def test_a_prompt_fills_a_cache_compiled(kind: str, unroll: bool) -> None:
     compiled.compile(backend="aot_eager", unroll=unroll)
     tokens = tokens_for(model.config, 2, 9)
     chunks = (tokens[:, :4], tokens[:, 4:8], tokens[:, 8:])  # the second attends to the first by a mask
-    found = []
-    for m in (model, compiled):
+
+    def filled(m: RecurrentDepthTransformer, n_loops: int) -> Tensor:
         cache = Cache(m.config, batch_size=2, max_len=9, dtype=torch.float64)
         with torch.inference_mode():
-            found.append(torch.cat([m(chunk, n_loops=3, cache=cache).logits for chunk in chunks], 1))
-    close(found[1], found[0])
-    differ(compiled(tokens, n_loops=2).logits, found[0])
+            return torch.cat([m(chunk, n_loops=n_loops, cache=cache).logits for chunk in chunks], 1)
+
+    expected = filled(model, 3)
+    close(filled(compiled, 3), expected)
+    differ(filled(compiled, 2), expected)
 
 
 def test_unrolled_gives_the_same() -> None:
