@@ -29,7 +29,7 @@ from tests.train.small import batch, model_config, train_config
 
 HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 4}
 PLAIN: dict[str, Any] = {"lora_rank": 0, "loop_embedding": False, "ffn": "dense"}
-STEPS = 20
+STEPS = 50
 KINDS: dict[str, dict[str, Any]] = {
     "experts, tied": {"halting": "none"},
     "gate, untied": {"halting": "gate", "tie_embeddings": False},
