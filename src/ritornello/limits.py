@@ -30,7 +30,7 @@ LIMITS: dict[str, Limit] = {
     "top_p": Limit(float, 0, 1, open_low=True),
     "min_p": Limit(float, 0, 1),
     "seed": Limit(int, 0, 2**63 - 1),
-    "repetition_penalty": Limit(float, 0, 100, open_low=True),
+    "repetition_penalty": Limit(float, 0.01, 100),
     "frequency_penalty": Limit(float, -100, 100),
     "presence_penalty": Limit(float, -100, 100),
     "logit_bias": Limit(float, -100, 100),

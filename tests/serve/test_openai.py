@@ -231,6 +231,13 @@ def test_the_prompt_comes_back_with_its_scores(client: OpenAI, loaded: Loaded, m
     assert [x for part in parts if part for x in part.text_offset or []] == scored.text_offset
 
 
+def test_offsets_are_characters(client: OpenAI) -> None:
+    """Each byte of a character says where it begins."""
+    found = client.completions.create(prompt="π = '€𝄞é'", echo=True, logprobs=0, **{**ASK, "max_tokens": 2})
+    offsets = found.choices[0].logprobs and found.choices[0].logprobs.text_offset
+    assert offsets and offsets[:-2] == [0, 0, 1, 2, 3, 4, 5, 5, 5, 6, 6, 6, 6, 7, 7, 8] and offsets[-2] == 9
+
+
 def test_a_trace_ends_with_what_was_written(server: Running, loaded: Loaded) -> None:
     rule = ruled(loaded.model, "kl")
     same = expected(loaded, exit=rule, temperature=0.0)

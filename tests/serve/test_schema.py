@@ -54,4 +54,4 @@ def test_answers_are_what_the_schema_says(server: Running, mode: GenerationMode)
     assert ("post", "/v1/completions") in seen and ("post", "/v1/chat/completions") in seen
     server.settle()
     answered = server.service.metrics.requests.labels("/v1/completions", "200")._value.get()
-    print("ANSWERED", answered)
+    assert answered > 0, "some are asked well enough to be written"

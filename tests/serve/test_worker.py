@@ -1,5 +1,6 @@
 """Clients that leave, too many of them, an engine that fails, a server that ends: nobody hangs, nothing is left."""
 
+import json
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ import httpx
 import pytest
 import torch
 
+from ritornello.engine import trace
 from ritornello.engine.engine import Engine
 from tests.serve.running import Running, running, small, wait_until
 
@@ -69,7 +71,7 @@ def test_too_many_are_told_when_to_come_back(server: Running) -> None:
 
 
 def test_a_tick_that_fails_is_run_again(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, step, failures = server.completed(max_tokens=20)["choices"], Engine.step, iter([0, 1, 0, 1, 1, 0])
+    expected, step, failures = server.completed(max_tokens=20)["choices"], Engine.step, iter([0, 1, 0, 1, 0])
 
     def sometimes(self: Engine) -> Any:
         if next(failures, 0):
@@ -150,7 +152,7 @@ def test_what_is_under_way_is_finished_before_the_end() -> None:
         body = {"model": "small", "prompt": "abc", "temperature": 0, "stream": True, **FOREVER, "max_tokens": 80}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
             lines = answer.iter_lines()
-            next(lines)
+            first = next(lines)
             server.server.handle_exit(signal.SIGTERM, None)
             assert server.client.get(f"{server.url}/ready").status_code == 503
             refused = server.post("completions", prompt="abc")
@@ -158,9 +160,88 @@ def test_what_is_under_way_is_finished_before_the_end() -> None:
             assert server.client.get(f"{server.url}/health").status_code == 200
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
-        text = "".join(line for line in rest if line.startswith("data: {"))
-        assert '"finish_reason":"length"' in text and len(expected) > 0
+        chunks = [json.loads(line.removeprefix("data: ")) for line in [first, *rest] if line.startswith("data: {")]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
         wait_until(lambda: not server.server.started or not server.service.worker._thread.is_alive())
+
+
+def whole(server: Running, path: str, found: list[httpx.Response], **body: Any) -> threading.Thread:
+    """Ask in a thread of its own; the answer comes into `found`."""
+    ask = threading.Thread(target=lambda: found.append(server.post(path, **body)))
+    ask.start()
+    return ask
+
+
+def test_traces_and_texts_have_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three long traces at once: a text beside them goes on."""
+    with running(small(max_seq_len=1024)) as server:
+        steps, step = [], trace._pass
+        monkeypatch.setattr(trace, "_pass", lambda *args: steps.append(time.sleep(0.02)) or step(*args))
+        found: list[httpx.Response] = []
+        how: Any = {"prompt": "a", "completion": [65] * 900, "loops": 12, "top": 1}
+        asked = [whole(server, "trace", found, **how) for _ in range(3)]
+        wait_until(lambda: len(steps) > 2)
+        begun = len(steps)
+        server.completed(max_tokens=5, loops=2)
+        assert len(steps) - begun <= 20, "about a step a tick"
+        for ask in asked:
+            ask.join()
+        assert [answer.status_code for answer in found] == [200] * 3
+
+
+def test_a_text_that_always_fails_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though ticks between its failures are well, for it begins anew."""
+    sample = Engine._sample
+
+    def poisoned(self: Engine, found: Any, logits: Any) -> None:
+        if any(each.sequence.request.sampling.seed == 13 for each in found):
+            raise RuntimeError("poison")
+        sample(self, found, logits)
+
+    monkeypatch.setattr(Engine, "_sample", poisoned)
+    assert server.post("completions", prompt="abc" * 60, seed=13).status_code == 500
+    server.settle()
+    assert server.completed(max_tokens=3)
+
+
+def test_what_nobody_reads_holds_no_place(server: Running) -> None:
+    body = {"model": "small", "prompt": "abc", "stream": True, "n": 3, **FOREVER, "max_tokens": 40}
+    with server.client.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.settle()  # written, and here not read
+        assert server.completed(max_tokens=1)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("late", [b"G", b"POST /v1/completions HTTP/1.1\r\n\r\n"], ids=["byte", "request"])
+def test_who_sends_more_before_the_answer_is_not_heard(server: Running, late: bytes) -> None:
+    """Kept for later, it would hide that the client left."""
+    body = httpx.Request("POST", server.url, json={"model": "small", "prompt": "abc", **FOREVER}).content
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        begun(server)
+        connection.sendall(late)
+        server.settle()
+        with pytest.raises(ConnectionResetError):
+            assert connection.recv(100) == b""
+            raise ConnectionResetError  # closed in either way
+
+
+def test_a_drain_tells_whoever_waits() -> None:
+    with running(small(max_seq_len=1024), drain_seconds=0.2, max_cost=10**6) as server:
+        found: list[httpx.Response] = []
+        asked = [whole(server, "completions", found, prompt="abc", **FOREVER)]
+        begun(server)
+        asked.append(whole(server, "trace", found, prompt="a", completion=[65] * 900, loops=12, top=1))
+        wait_until(lambda: server.service.worker.n_texts == 2)
+        server.server.handle_exit(signal.SIGTERM, None)
+        for ask in asked:
+            ask.join()
+        assert [(answer.status_code, answer.headers["retry-after"]) for answer in found] == [(503, "1")] * 2
+        assert all(answer.json()["error"]["message"] == "the server is on its way out" for answer in found)
 
 
 def test_a_drain_has_an_end() -> None:

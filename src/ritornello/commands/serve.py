@@ -10,8 +10,6 @@ from tyro.conf import Positional, arg
 from ritornello.commands import INTEGER, REAL, TEXT, Command, option
 from ritornello.config import MAX_LOOPS, require, require_float, require_int
 
-HERE = ("localhost", "127.0.0.1", "[::1]")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(Command):
@@ -55,10 +53,10 @@ class Serve(Command):
         from ritornello.commands.loading import open_model
         from ritornello.serve.app import Service, create_app
         from ritornello.serve.server import bind, serve
-        from ritornello.serve.settings import settings_for
+        from ritornello.serve.settings import LOOPBACK, Settings, settings_for
         from ritornello.serve.worker import Worker, engine_of
 
-        with bind(self.host, self.port, write_seconds=30) as listening:
+        with bind(self.host, self.port, write_seconds=Settings.write_seconds) as listening:
             loaded = open_model(self.path, device=self.device)
             others: dict[str, Any] = {"max_requests": self.max_requests, "drain_seconds": self.drain_seconds}
             others |= {} if self.max_cost is None else {"max_cost": self.max_cost}
@@ -66,7 +64,7 @@ class Serve(Command):
             settings = settings_for(loaded.model.config, name, max_loops=self.max_loops, **others)
             engine = engine_of(loaded, n_loops=settings.max_loops, memory_mb=self.memory_mb, exact=self.exact)
             service = Service.of(loaded, Worker(engine, max_requests=settings.max_requests), settings)
-            hosts = (*HERE, self.host.lower()) if local and not keys else ()
+            hosts = (*LOOPBACK, self.host.lower()) if local and not keys else ()
             app = create_app(service, keys=keys, hosts=hosts)
             host, port = listening.getsockname()[:2]
             if not self.common.quiet:

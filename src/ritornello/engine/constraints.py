@@ -13,6 +13,7 @@ from ritornello.recipes import parse_json
 from ritornello.train.tokenizer import Tokenizer
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+FUEL = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000}  # a fifth of a second
 LONGEST = 1000  # bytes; llguidance's tree of tokens is at most 1024 deep
 
 
@@ -57,7 +58,7 @@ class Constraint:
         """What llguidance says when it begins a text, of bytes for now."""
         library = _library()
         try:
-            matcher = library.LLMatcher(library.LLTokenizer("byte"), self.grammar, log_level=0)
+            matcher = _matcher(library.LLTokenizer("byte"), self)
         except ValueError as error:  # from its reader of JSON, or a lone surrogate
             return str(error)
         matcher.compute_bitmask()
@@ -81,8 +82,7 @@ class Grammars:
 
     def start(self, constraint: Constraint) -> "Matcher":
         """At the beginning of a text. Takes about a millisecond, more for large schemas."""
-        matcher = self._library.LLMatcher(self._tokens, constraint.grammar, log_level=0)
-        return Matcher(self, constraint, matcher, [])
+        return Matcher(self, constraint, _matcher(self._tokens, constraint), [])
 
 
 @final
@@ -163,6 +163,12 @@ class _Vocabulary:
         """Asked where there is no choice of bytes: then they are written as the model knows them."""
         ids = self._encode(text)
         return ids if all(self.tokens[i] for i in ids) else [self._ids[bytes([byte])] for byte in text.encode()]
+
+
+def _matcher(tokens: Any, constraint: Constraint) -> Any:
+    """With bounds on what a short expression may cost: `((a{100}){100}){100}` would take seconds and 200 MB."""
+    library = _library()
+    return library.LLMatcher(tokens, constraint.grammar, log_level=0, limits=library.LLParserLimits(**FUEL))
 
 
 def _require_sound(name: str, text: object, problem: str) -> None:

@@ -83,8 +83,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p is not None and sampling.top_p < 1:  # 1 keeps all, though rounded shares may sum to it early
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
+        beyond = (before >= sampling.top_p) & (before > 0)  # the likeliest stays, however little is asked for
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     if sampling.min_p is not None:
         shares = logits.softmax(-1)
         logits = logits.masked_fill(shares < sampling.min_p * shares.amax(-1, keepdim=True), -torch.inf)

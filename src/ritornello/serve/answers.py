@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from ritornello.engine.request import Event
 from ritornello.engine.trace import TokenTrace
-from ritornello.train.tokenizer import Tokenizer
+from ritornello.train.tokenizer import StreamDecoder, Tokenizer
 
 Kind = TypeVar("Kind", bound=BaseModel)
 LEAST = -9999.0  # JSON has no infinity; OpenAI's own server says this too
@@ -142,21 +142,35 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def scored(tokenizer: Tokenizer, events: Sequence[Event], offset: int, first: int | None = None) -> ScoredTokens:
-    """Of these tokens, whose text begins at `offset` of the choice's. first: the prompt's first token."""
+class Offsets:
+    """Where each token's text begins, in characters: of a character in several tokens, all where it begins."""
+
+    def __init__(self, tokenizer: Tokenizer, at: int = 0) -> None:
+        self.at, self._decoder = at, StreamDecoder(tokenizer)
+
+    def of(self, token: int) -> int:
+        at = self.at
+        self.at += len(self._decoder.push([token]))
+        return at
+
+
+def scored(tokenizer: Tokenizer, events: Sequence[Event], offsets: Offsets, first: int | None = None) -> ScoredTokens:
+    """Of these tokens. first: the prompt's first one."""
     tokens = [event.token for event in events if event.token is not None]
     logprobs: list[float | None] = [event.logprob for event in events if event.token is not None]
     likely: list[Any] = [event.likeliest for event in events if event.token is not None]
     if first is not None:
         tokens, logprobs, likely = [first, *tokens], [None, *logprobs], [None, *likely]
     words = [spelled(tokenizer, token) for token in tokens]
-    offsets, at = [], offset
-    for token in tokens:
-        offsets.append(at)
-        at += len(tokenizer.decode([token]))
+    places = [offsets.of(token) for token in tokens]
     tops = [None if some is None else {spelled(tokenizer, i): max(x, LEAST) for i, x in some} for some in likely]
     values = [None if x is None else max(x, LEAST) for x in logprobs]
-    return made(ScoredTokens, text_offset=offsets, token_logprobs=values, tokens=words, top_logprobs=tops)
+    return made(ScoredTokens, text_offset=places, token_logprobs=values, tokens=words, top_logprobs=tops)
+
+
+def both(one: ScoredTokens, other: ScoredTokens) -> ScoredTokens:
+    names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
+    return made(ScoredTokens, **{name: getattr(one, name) + getattr(other, name) for name in names})
 
 
 def chat_scored(tokenizer: Tokenizer, events: Sequence[Event]) -> ChoiceLogprobs:

@@ -27,12 +27,12 @@ from ritornello.model.halting import check_exit
 from ritornello.serve import asking, errors
 from ritornello.serve.answers import ChatAnswer, Form, TextAnswer, TraceAnswer, TracedToken, made, traced
 from ritornello.serve.asking import Asked
-from ritornello.serve.errors import ErrorBody, Refused
+from ritornello.serve.errors import ErrorBody, Refused, answer
 from ritornello.serve.guard import Guard
 from ritornello.serve.metrics import Metrics
 from ritornello.serve.schema import ChatBody, CompletionBody, TraceBody, Wishes
 from ritornello.serve.settings import Settings
-from ritornello.serve.worker import OverloadedError, Worker
+from ritornello.serve.worker import GivenUpError, OverloadedError, Worker
 from ritornello.serve.writing import Writing
 
 Found = TypeVar("Found")
@@ -83,6 +83,7 @@ class Service:
     metrics: Metrics
     listed: Listed
     draining: bool = False
+    n_open: int = 0  # requests with a body that are not answered to their end
 
     @classmethod
     def of(cls, loaded: Loaded, worker: Worker, settings: Settings) -> "Service":
@@ -116,6 +117,8 @@ class Service:
             texts = await self.worker.open(asked.requests, cost=asked.cost)
         except OverloadedError as error:
             raise self.overloaded(error) from None
+        except GivenUpError as error:
+            raise errors.given_up(error) from None
         except ValueError as error:
             raise errors.of_mistake(error) from None
         self.metrics.prompt_tokens.inc(asked.n_prompt_tokens)
@@ -126,7 +129,7 @@ class Service:
         return Refused(429, str(error), code="overloaded", Retry_After=str(error.seconds))
 
     def drop(self, writing: Writing) -> None:
-        self.worker.drop(writing.texts, len(writing.choices))
+        self.worker.drop(writing.texts)
 
 
 class Streamed(EventSourceResponse):
@@ -176,7 +179,7 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Sequence[
     _add_writing(app, service)
     _add_trace(app, service)
     app.add_middleware(Guard, keys=keys, hosts=hosts, body_seconds=service.settings.body_seconds)
-    app.add_middleware(_Counted, metrics=service.metrics)
+    app.add_middleware(_Counted, service=service)
     return app
 
 
@@ -201,10 +204,12 @@ def _described(app: FastAPI, settings: Settings) -> dict[str, Any]:
 def _add_status(app: FastAPI, service: Service) -> None:
     page = files("ritornello.serve").joinpath("playground.html").read_text("utf-8")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def playground() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE, "X-Content-Type-Options": "nosniff"})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Status, tags=["status"])
     async def health() -> Response:
         """Whether the engine works."""
@@ -213,6 +218,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
             raise Refused(503, "the engine's thread has ended" if silent == float("inf") else "the engine is stuck")
         return JSONResponse({"status": "ok"})
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", response_model=Status, tags=["status"])
     async def ready() -> Response:
         """Whether new requests are let in."""
@@ -292,6 +298,8 @@ def _add_trace(app: FastAPI, service: Service) -> None:
             tokens = await unless_gone(request, read())
         except OverloadedError as error:
             raise service.overloaded(error) from None
+        except GivenUpError as error:
+            raise errors.given_up(error) from None
         except LeftError:
             return Response(status_code=499)
         found = made(TraceAnswer, object="trace", model=service.settings.name, tokens=tokens)
@@ -358,14 +366,16 @@ def _check(config: ModelConfig, name: ExitName) -> None:
 class _Counted:
     """Every answer by route and status."""
 
-    def __init__(self, app: Any, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: Any, service: Service) -> None:
+        self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 499
+        status, posts = 499, scope["method"] == "POST"
+        self.service.n_open += posts
+        too_many = posts and self.service.n_open > self.service.settings.max_open
 
         async def counted(message: Any) -> None:
             nonlocal status
@@ -374,10 +384,14 @@ class _Counted:
             await send(message)
 
         try:
-            await self.app(scope, receive, counted)
+            if too_many:
+                await answer(self.service.overloaded(OverloadedError(1)))(scope, receive, counted)
+            else:
+                await self.app(scope, receive, counted)
         except Exception:
             status = 500
             raise
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(route, str(status)).inc()
+            self.service.n_open -= posts
+            self.service.metrics.requests.labels(route, str(status)).inc()

@@ -22,7 +22,7 @@ from ritornello.serve.schema import (
     TraceBody,
     Wishes,
 )
-from ritornello.serve.settings import MAX_GRAMMAR, MAX_READINGS, Settings
+from ritornello.serve.settings import MAX_CONSTRAINED, MAX_GRAMMAR, MAX_TOLD, Settings
 from ritornello.train.chat import chat_prompt
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -83,7 +83,7 @@ def to_trace(loaded: Loaded, settings: Settings, body: TraceBody) -> tuple[Itera
     (n_loops, rule), n = depth(loaded, settings, body), len(prompt) + len(body.completion)
     require(n <= loaded.model.config.max_seq_len, "completion", f"{n} tokens", "at most max_seq_len with its prompt")
     told = len(body.completion) * n_loops * (body.top + 1)
-    require(told <= MAX_READINGS, "completion × loops × (top + 1)", told, f"at most {MAX_READINGS}")
+    require(told <= MAX_TOLD, "completion × loops × (top + 1)", told, f"at most {MAX_TOLD}")
     _require_affordable(settings, n * n_loops)
     how: Any = {"n_loops": n_loops, "exit": rule, "n_top": body.top, "vocab_size": loaded.tokenizer.vocab_size}
     return trace(loaded.model, prompt, body.completion, **how), n * n_loops
@@ -158,7 +158,13 @@ def _asked(
     wishes |= {"max_tokens": max_tokens, "n_loops": n_loops, "exit": rule, "loop_budget": body.loop_budget, **scored}
     wishes |= {"seed": secrets.randbits(63) if body.seed is None else body.seed}
     wishes |= {"logit_bias": _biases(body), "constraint": _constraint(body), "draft": _draft(body)}
+    n_texts = len(prompts) * n
+    if wishes["constraint"] is not None:
+        require(n_texts <= MAX_CONSTRAINED, "n", f"{n_texts} texts", f"at most {MAX_CONSTRAINED} with a constraint")
     requests = requests_of(loaded, [prompt for prompt in prompts for _ in range(n)], **wishes)
+    if scored.get("n_logprobs") is not None:
+        told = sum(request.room(limit) + 1 for request in requests) * (1 + scored["n_logprobs"])
+        require(told <= MAX_TOLD, "tokens × texts × (logprobs + 1)", told, f"at most {MAX_TOLD}")
     cost = sum((request.room(limit) + 1) * n_loops for request in requests)
     _require_affordable(settings, cost)
     return {"requests": requests, "prompts": prompts, "stops": stop_texts(body.stop or ()), "n": n, "cost": cost}
@@ -175,6 +181,8 @@ def _draft(body: Wishes) -> Draft | None:
     if body.draft_loops is None:
         require(body.draft_tokens is None, "draft_tokens", body.draft_tokens, "used with draft_loops")
         return None
+    alone = body.exit is None and body.loop_budget is None
+    require(alone, "draft_loops", body.draft_loops, "used without exit and loop_budget")
     more = {} if body.draft_tokens is None else {"n_tokens": body.draft_tokens}
     return Draft(n_loops=body.draft_loops, **more)
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ritornello.config import shown
+from ritornello.serve.worker import GivenUpError
 
 log = logging.getLogger(__name__)
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
@@ -103,3 +104,7 @@ def of_mistake(error: ValueError) -> Refused:
     code = "context_length_exceeded" if "max_seq_len" in rest else None
     is_name = bool(found) and name.replace("_", "").isalnum()
     return Refused(400, f"{name}{found}{rest}", param=name if is_name else None, code=code)
+
+
+def given_up(error: GivenUpError) -> Refused:
+    return Refused(error.status, str(error), **({"Retry_After": "1"} if error.status == 503 else {}))

@@ -12,7 +12,6 @@ from ritornello.serve.errors import Refused, answer
 from ritornello.serve.settings import MAX_BODY, MAX_HEAD
 
 OPEN = ("/", "/health", "/ready")  # without a key; everything else wants one, whether it exists or not
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ritornello.config import ExitName
 from ritornello.limits import LIMITS
-from ritornello.serve.settings import MAX_FIELDS, MAX_GRAMMAR, MAX_IDS, MAX_STOP, MAX_STOPS, MAX_TEXTS
+from ritornello.serve.settings import MAX_BIASES, MAX_FIELDS, MAX_GRAMMAR, MAX_IDS, MAX_STOP, MAX_STOPS, MAX_TEXTS
 
 
 def bounds(name: str) -> Any:
@@ -19,6 +19,13 @@ def bounds(name: str) -> Any:
 def few(most: int = MAX_TEXTS) -> Any:
     """Of a list: as many, and of its faults the first: telling of each would take as long as a client likes."""
     return Field(min_length=1, max_length=most, fail_fast=True)
+
+
+def short(data: Any) -> Any:
+    """Before each entry is looked at."""
+    if isinstance(data, dict) and len(data) > MAX_BIASES:
+        raise ValueError(f"must have {MAX_BIASES} entries at most")
+    return data
 
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -88,7 +95,7 @@ class Wishes(Depth):
     frequency_penalty: Annotated[float, bounds("frequency_penalty")] | None = None
     presence_penalty: Annotated[float, bounds("presence_penalty")] | None = None
     repetition_penalty: Annotated[float, bounds("repetition_penalty")] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, bounds("logit_bias")]], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, bounds("logit_bias")]], BeforeValidator(short)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -38,9 +38,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         worker, late = self.service.worker, time.monotonic() - self._deadline
-        if self.service.draining and worker.n_texts and late > 0:
+        if self.service.draining and late > 0:
             worker.give_up("the server is on its way out")
-        if self.service.draining and (not worker.n_texts or late > GRACE):
+        if self.service.draining and (not self.service.n_open or late > GRACE):
             return True
         return await super().on_tick(counter)
 
@@ -54,6 +54,13 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Nobody sends more before the answer is there: uvicorn would keep it, and not see the client leave."""
+        super().data_received(data)
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if busy and not self.cycle.more_body and self.conn.trailing_data[0]:
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from ritornello.config import MAX_LOOPS, ModelConfig, require, require_float, require_int
 
 MAX_HEAD, MAX_BODY = 16_384, 2_000_000  # bytes of a request's headers, and of what follows
-MAX_FIELDS, MAX_TEXTS, MAX_IDS = 64, 2048, 2**20  # of an object; prompts, messages, parts of one; ids of a prompt
+MAX_FIELDS, MAX_BIASES = 64, 1024  # of an object; of a request
+MAX_TEXTS, MAX_IDS = 2048, 2**20  # prompts, or messages, or parts of one; ids of a prompt
 MAX_GRAMMAR = 64_000  # characters of a JSON schema or a regular expression
-MAX_READINGS = 50_000  # numbers that one trace may tell
+MAX_TOLD = 50_000  # tokens and candidates that one answer may tell: it is made in one piece
+MAX_CONSTRAINED = 8  # texts of one request that follow a constraint
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 MAX_STOPS, MAX_STOP = 16, 1000  # stop strings, and characters of one
 
 
@@ -48,6 +51,11 @@ class Settings:
             require_float(
                 f"{name}_seconds", getattr(self, f"{name}_seconds"), 0, open_low=name not in ("drain", "chunk")
             )
+
+    @property
+    def max_open(self) -> int:
+        """Requests that are not answered to their end: each holds a body, or an answer that nobody has read yet."""
+        return 2 * self.max_requests + 64
 
 
 def settings_for(config: ModelConfig, name: str, *, max_loops: int | None = None, **others: float) -> Settings:

@@ -4,10 +4,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar, final
 
@@ -21,15 +21,16 @@ from ritornello.engine.request import Event, Request, Stats
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 DONE: Any = object()
-PATIENCE = 3  # ticks in a row that may fail: after each one all texts start over
+PATIENCE = 3  # ticks that may fail within MEMORY_SECONDS: after each one all texts start over
+MEMORY_SECONDS = 60
 STATS_SECONDS = 0.25  # how old the published ones may be while the engine works
 
 
 class Texts:
     """What the engine tells of the texts of one request: (place among them, event), read on the event loop."""
 
-    def __init__(self, cost: int) -> None:
-        self.cost = cost
+    def __init__(self, n: int, cost: int) -> None:
+        self.left, self.cost = set(range(n)), cost / n  # places that are not done; tokens × loops of each
         self.numbers: list[int] = []  # the engine's, of each text
         self._told: list[tuple[int, Event]] = []
         self._new = asyncio.Event()
@@ -38,11 +39,15 @@ class Texts:
     async def read(self) -> list[tuple[int, Event]]:
         """What has come since, at least one; raises what made the engine give them up."""
         await self._new.wait()
-        if self._failure is not None:
-            raise self._failure
+        self.check()
         self._new.clear()
         told, self._told = self._told, []
         return told
+
+    def check(self) -> None:
+        """Raises what made the engine give them up, if it did."""
+        if self._failure is not None:
+            raise self._failure
 
     def tell(self, events: Sequence[tuple[int, Event]]) -> None:
         self._told.extend(events)
@@ -79,14 +84,17 @@ class Worker:
 
     def __init__(self, engine: Engine, *, max_requests: int) -> None:
         self.engine, self.max_requests = engine, max_requests
-        self.n_texts = self.cost = 0  # of all that are let in and not given back
-        self._open: set[Texts] = set()
+        self.n_texts, self.cost = 0, 0.0  # of all that are let in and not done
+        self._gone = ""  # why nothing is begun any more
+        self._open: set[Texts] = set()  # whose answers are not at their end
+        self._stepping = asyncio.Semaphore(1)
         self.stats: Stats = engine.stats()
         self.rate = 0.0  # tokens × loops a second, lately
         self._inbox: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._places: dict[int, tuple[Texts, int]] = {}  # by the engine's number; the thread's alone
         self._alive_at = self._asked_at = time.monotonic()
-        self._idle, self._failures, self._closing = True, 0, False
+        self._idle, self._closing = True, False
+        self._failed_at: list[float] = []  # ticks, lately
         self._published, self._measured = 0.0, (time.monotonic(), engine.n_token_loops)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -120,7 +128,7 @@ class Worker:
         def run() -> None:
             try:
                 found = ("set_result", do())
-            except Exception as error:  # noqa: BLE001 - it is the caller's
+            except BaseException as error:  # noqa: BLE001 - it is the caller's
                 found = ("set_exception", error)
             loop.call_soon_threadsafe(settle, *found)
 
@@ -132,48 +140,61 @@ class Worker:
 
         Raises:
             OverloadedError: no room for them now.
+            GivenUpError: the server is on its way out.
             ValueError: what the engine cannot do.
         """
         n = len(requests) if n is None else n
+        if self._gone:
+            raise GivenUpError(503, self._gone)
         if self.n_texts + n > self.max_requests:
             raise OverloadedError(self.wait())
-        texts = Texts(cost)
+        texts = Texts(n, cost)
         self._open.add(texts)
         self.n_texts += n
         self.cost += cost
         try:
             await self.call(partial(self._submit, texts, requests))
         except BaseException:
-            self.drop(texts, n)
+            self.drop(texts)
             raise
         return texts
 
     async def steps(self, work: Iterator[Found], *, cost: int) -> AsyncIterator[Found]:
-        """What `work` yields, one step between two ticks at a time; it counts as a text.
+        """What `work` yields, a step between two ticks; it counts as a text. One such work at a time has its steps.
 
         Raises:
             OverloadedError: no room for it now.
         """
         texts = await self.open([], cost=cost, n=1)
         try:
-            while (found := await self.call(partial(next, work, DONE))) is not DONE:
-                yield found
+            async with self._stepping:
+                while (found := await self.call(partial(next, work, DONE))) is not DONE:
+                    texts.check()
+                    yield found
         finally:
-            self.drop(texts, 1)
+            self.drop(texts)
 
-    def drop(self, texts: Texts, n: int) -> None:
-        """Whatever is left of these n texts ends."""
+    def drop(self, texts: Texts) -> None:
+        """Whatever is left of these texts ends."""
         self._open.discard(texts)
-        self.n_texts -= n
-        self.cost -= texts.cost
+        self._free(texts, [*texts.left])
         self._put(partial(self._cancel, texts.numbers))
 
-    def end(self, number: int) -> None:
-        """One text of several is complete before the engine knows."""
-        self._put(partial(self._cancel, [number]))
+    def end(self, texts: Texts, place: int) -> None:
+        """One of them is complete before the engine knows."""
+        self._free(texts, [place])
+        self._put(partial(self._cancel, [texts.numbers[place]]))
+
+    def _free(self, texts: Texts, places: Iterable[int]) -> None:
+        """Room for others, whether or not anybody has read what was written."""
+        done = texts.left.intersection(places)
+        texts.left -= done
+        self.n_texts -= len(done)
+        self.cost -= len(done) * texts.cost
 
     def give_up(self, message: str) -> None:
-        """On all that are under way; their clients are told."""
+        """On all that are under way or yet to come; their clients are told."""
+        self._gone = message
         for texts in self._open:
             texts.fail(GivenUpError(503, message))
 
@@ -186,6 +207,11 @@ class Worker:
         """Seconds until there may be room: what a text under way costs at most, at the rate of late."""
         mean = self.cost / max(self.n_texts, 1)
         return min(max(math.ceil(mean / self.rate), 1), 60) if self.rate else 1
+
+    def _tell(self, told: Mapping[Texts, Sequence[tuple[int, Event]]]) -> None:
+        for texts, some in told.items():
+            texts.tell(some)
+            self._free(texts, [place for place, event in some if event.reason])
 
     # What follows runs in the engine's thread.
 
@@ -205,21 +231,20 @@ class Worker:
             self._alive_at, self._idle = time.monotonic(), False
             asked()
             self._measured = time.monotonic(), self.engine.n_token_loops
-        with suppress(Empty):
-            while True:
-                self._inbox.get_nowait()()
+        for _ in range(self._inbox.qsize()):  # not what comes meanwhile: texts have their turn
+            self._inbox.get_nowait()()
 
     def _tick(self) -> None:
         self._alive_at = time.monotonic()
         try:
             events = self.engine.step()
-        except Exception as error:
-            self._failures += 1
-            log.error("tick failed (%d of %d)", self._failures, PATIENCE, exc_info=error)
-            if self._failures == PATIENCE:
+        except BaseException as error:
+            recent = [at for at in self._failed_at if self._alive_at - at < MEMORY_SECONDS]
+            self._failed_at = [*recent, self._alive_at]
+            log.error("tick failed (%d of %d)", len(self._failed_at), PATIENCE, exc_info=error)
+            if len(self._failed_at) == PATIENCE:
                 self._give_up()
             return
-        self._failures = 0
         if events:
             self._hand_over(events)
 
@@ -232,14 +257,14 @@ class Worker:
                 told.setdefault(texts, []).append((place, event))
                 if event.reason:
                     del self._places[event.number]
-        self._on_loop(lambda: [texts.tell(some) for texts, some in told.items()])
+        self._on_loop(partial(self._tell, told))
 
     def _give_up(self) -> None:
         """On all texts there are: what comes next may fare better."""
         everyone = {texts for texts, _ in self._places.values()}
         log.error("%d texts are given up", len(self._places))
         self._cancel([*self._places])
-        self._failures = 0
+        self._failed_at.clear()
         self._on_loop(
             lambda: [texts.fail(GivenUpError(500, "the engine failed; its log has more")) for texts in everyone]
         )

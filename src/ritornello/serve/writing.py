@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from ritornello.engine.generate import OVERFLOWED, UNFOLLOWED
 from ritornello.engine.request import Event
 from ritornello.engine.text import Text
-from ritornello.serve.answers import End, Form, Piece, ScoredTokens, joined, scored, usage
+from ritornello.serve import errors
+from ritornello.serve.answers import End, Form, Offsets, Piece, ScoredTokens, both, joined, scored, usage
 from ritornello.serve.asking import Asked
 from ritornello.serve.errors import Refused
 from ritornello.serve.worker import GivenUpError, Texts, Worker
@@ -31,7 +32,8 @@ class Choice:
         self.echoed = tokenizer.decode(self.prompt) if asked.echo else ""
         self.scores = asked.requests[place].n_logprobs is not None
         self._begun = not asked.echo
-        self._offset = 0  # characters told so far, as tokens count them
+        self._told = False  # something of its scores
+        self._prompt_offsets, self._offsets = Offsets(tokenizer), Offsets(tokenizer, len(self.echoed))
 
     @property
     def reason(self) -> End | None:
@@ -61,24 +63,21 @@ class Choice:
 
     def scored(self) -> ScoredTokens | None:
         """All its tokens."""
-        return self._scored([*self._prompt_events, *self.events], 0) if self.scores else None
+        return self._scored(self._prompt_events, self.events) if self.scores else None
 
     def scored_piece(self, piece: Piece) -> ScoredTokens | None:
         """Those of a piece, which come in order."""
-        if not self.scores or self._tokenizer is None:
+        if not self.scores:
             return None
-        found, n = self._scored(piece.events, self._offset), 0
-        if found is not None and found.text_offset and found.tokens:
-            n = found.text_offset[-1] + len(self._tokenizer.decode([self._last(piece.events)])) - self._offset
-        self._offset += n
-        return found
+        prompts = [event for event in piece.events if event.prompt]
+        return self._scored(prompts, [event for event in piece.events if not event.prompt])
 
-    def _scored(self, events: Sequence[Event], offset: int) -> ScoredTokens | None:
-        first = self.prompt[0] if self._asked.echo and offset == 0 else None
-        return scored(self._tokenizer, events, offset, first)
-
-    def _last(self, events: Sequence[Event]) -> int:
-        return next((e.token for e in reversed(events) if e.token is not None), self.prompt[0])
+    def _scored(self, prompts: Sequence[Event], events: Sequence[Event]) -> ScoredTokens:
+        first = self.prompt[0] if self._asked.echo and not self._told else None
+        self._told = True
+        found = [scored(self._tokenizer, prompts, self._prompt_offsets, first)]
+        found.append(scored(self._tokenizer, events, self._offsets))
+        return both(*found)
 
 
 class Writing:
@@ -98,7 +97,7 @@ class Writing:
             try:
                 told = await self.texts.read()
             except GivenUpError as error:
-                raise Refused(error.status, str(error)) from None
+                raise errors.given_up(error) from None
             for place, event in told:
                 if place not in left:  # it has ended by a stop string
                     continue
@@ -109,7 +108,7 @@ class Writing:
                 if choice.reason:
                     left.discard(place)
                     if not event.reason:
-                        self.worker.end(self.texts.numbers[place])
+                        self.worker.end(self.texts, place)
             for piece in found:
                 self._observer(piece, time.monotonic() - self._began, first=piece.place not in self._begun)
                 self._begun.add(piece.place)
@@ -140,6 +139,7 @@ class Writing:
         return usage(self.asked.n_prompt_tokens, loops, per_token=self.form.per_token)
 
     def _failed(self, place: int) -> Refused:
-        if self.asked.requests[place].constraint is not None:
-            return Refused(400, UNFOLLOWED, param="response_format")
+        constraint = self.asked.requests[place].constraint
+        if constraint is not None:
+            return Refused(400, UNFOLLOWED, param="response_format" if constraint.regex is None else "regex")
         return Refused(500, OVERFLOWED)
