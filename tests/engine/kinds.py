@@ -19,7 +19,7 @@ HUGINN = {
     "embedding_scale": 4.0,
     "qk_bias": True,
 }
-OURO = {"injection": "none", "state_norm": "loop", "normalize_input": False, "layers": (0, 2, 0), "lora_targets": ()}
+OURO = {"injection": "none", "state_norm": "loop", "normalize_input": False, "layers": (1, 2, 0), "lora_targets": ()}
 KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and the exit rule
     "gqa": ({"halting": "none"}, None),
     "mla": ({"halting": "none", "attention": "mla"}, None),
