@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.originals import CASES, ORIGINALS, SETTINGS, ours, theirs, tokens
+from benchmarks.originals import CASES, ORIGINALS, SETTINGS, ours, theirs, tokens  # pyrefly: ignore
 
 FROZEN = Path(__file__).parents[1] / "tests/hub/published.json"
 LOOPS, FROZEN_LOOPS = (1, 3, 6), 5

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from benchmarks import originals
 from benchmarks.originals import CASES, CONVERTERS, ORIGINALS, SETTINGS, ours, theirs, tokens
+from ritornello import cli
+from ritornello.hub import RitornelloForCausalLM
 from ritornello.hub.converters import read_published
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -127,6 +130,28 @@ def test_what_is_refused(name: str, field: str, value: Any, message: str, tmp_pa
     with pytest.raises(ValueError, match=r"config\.json|safetensors") as error:
         read_published(written(tmp_path, name, **{field: value}))
     assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_converted_for_transformers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line's folder says through transformers what the model says, token by token, too."""
+    (tmp_path / "published").mkdir()
+    published = written(tmp_path / "published", name, eos_token_id=[0, 1])
+    (published / "tokenizer_config.json").write_text('{"ü": 1}', encoding="utf-8")
+    target = tmp_path / "a" / "converted"
+    assert cli.main(["convert", str(published), str(target), "--max-shard", "10KB"]) == 0
+    assert capsys.readouterr().out.strip() == str(target) and len(list(target.glob("*.safetensors"))) > 1
+    assert (target / "tokenizer_config.json").read_bytes() == (published / "tokenizer_config.json").read_bytes()
+    found = AutoModelForCausalLM.from_pretrained(target)
+    assert isinstance(found, RitornelloForCausalLM) and found.config.eos_token_id == [0, 1]
+    model, ids = read_published(published), tokens()
+    with torch.no_grad():
+        for n in (model.config.n_loops, 5):
+            assert torch.equal(found(ids, n_loops=n).logits, model(ids, n_loops=n).logits)
+    text = found.generate(ids[:, :4], max_new_tokens=5, do_sample=False, n_loops=5, eos_token_id=None)
+    assert torch.equal(text[:, 4:], model(text[:, :-1], n_loops=5).logits[:, 3:].argmax(-1))
+    assert cli.main(["convert", str(published), str(target)]) == 2
+    assert "a folder that does not exist yet" in capsys.readouterr().err
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
