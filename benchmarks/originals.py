@@ -39,6 +39,7 @@ def _huginn(**changes: Any) -> Settings:
 def _ouro(**changes: Any) -> Settings:
     shape = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 40}
     rest = {"vocab_size": 23, "max_position_embeddings": 64, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    rest |= {"rope_theta": 10_000.0}
     return shape | rest | changes
 
 

@@ -118,6 +118,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("huginn", "n_layers_in_coda", 2, "missing"),
     ("huginn", "n_layers_in_coda", -1, "n_coda_layers = -1"),
     ("ouro", "rope_scaling", {"rope_type": "yarn"}, "rope_scaling = 'yarn': must be 'default'"),
+    ("ouro", "rope_theta", None, "rope_theta = None: must be given"),
     ("ouro", "rope_scaling", "yarn", "rope_scaling = 'yarn': must be an object"),
     ("ouro", "layer_types", ["sliding_attention"], "layer_types"),
     ("ouro", "layer_types", [{}], "layer_types"),

@@ -67,7 +67,7 @@ def _theta(theirs: Mapping[str, Any]) -> float:
     require(isinstance(rope, dict), "config.json rope_scaling", rope, "an object")
     kind = given(rope, "rope_type", "type", default="default")
     require(kind == "default", "config.json rope_scaling", kind, "'default', the one that is converted")
-    return given({**theirs, **rope}, "rope_theta", default=10_000.0)
+    return given({**theirs, **rope}, "rope_theta")
 
 
 def from_theirs(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
