@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import originals
@@ -87,6 +87,11 @@ def written(folder: Path, name: str, **changes: Any) -> Path:
     """A published folder: weights in two files with their index."""
     kind = next(iter(SETTINGS[name]))
     weights = theirs(name, SETTINGS[name][kind], torch.float32)
+    if name == "huginn":  # its files hold what follows from the rest, too
+        weights |= {
+            "freqs_cis": torch.ones(1, 64, 1, 3, 2),
+            "lm_head.weight": weights["transformer.wte.weight"].clone(),
+        }
     half = len(weights) // 2
     names, index = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)], {}
     for file, keys in zip(names, ([*weights][:half], [*weights][half:]), strict=True):
@@ -153,6 +158,15 @@ def test_converted_for_transformers(name: str, tmp_path: Path, capsys: pytest.Ca
     assert torch.equal(text[:, 4:], model(text[:, :-1], n_loops=5).logits[:, 3:].argmax(-1))
     assert cli.main(["convert", str(published), str(target)]) == 2
     assert "a folder that does not exist yet" in capsys.readouterr().err
+
+
+def test_numbers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path, "ouro")
+    file = folder / "model-00001-of-00002.safetensors"
+    weights = load_file(file)
+    save_file({name: x.to(torch.int8) if name == "lm_head.weight" else x for name, x in weights.items()}, file)
+    with pytest.raises(ValueError, match=r"lm_head\.weight int8 instead of float32"):
+        read_published(folder)
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
