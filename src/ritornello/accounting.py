@@ -57,6 +57,8 @@ def _layer(c: ModelConfig, span: float, decode: bool, *, looped: bool) -> dict[s
         q = (c.q_lora_rank or c.dim, c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))
         o = (c.n_heads * c.v_head_dim, c.dim)
     parts = {"recurrent_attention": _matrix(*q) + _matrix(*o) + _keys_values(c, span, decode)}
+    if c.qk_bias:
+        parts["recurrent_attention"] += Cost((c.n_heads + c.n_kv_heads) * c.head_dim)
     parts["recurrent_norms"] = Cost(c.dim * (2 if c.norm == "pre" else 4))
     width = c.ffn_dim
     if looped and c.ffn == "moe":
@@ -81,7 +83,7 @@ def _once(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
         "prelude": layer * c.n_prelude_layers,
         "coda": layer * c.n_coda_layers,
         "head": Cost(0 if tied else table, 0, table),
-        "norms": Cost(c.dim) * (1 if c.is_plain else 2 + c.anchored),
+        "norms": Cost(c.dim) * (1 if c.is_plain else 1 + c.normalize_input + c.anchored),
     }
 
 
@@ -91,7 +93,11 @@ def _per_loop(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
     dim, table, n = c.dim, c.vocab_size * c.dim, c.carry_streams
     lti = Cost(2 * dim) + (_matrix(dim, dim) if c.injection_matrix else Cost(dim))
     linear = Cost(2 * dim * dim, 0, 2 * dim * dim * n)
-    heads = {"act": Cost(dim + 1, 0, dim), "gate": Cost(161)}  # the gate, 3-32-1, runs on request only, as the probe
+    heads = {
+        "act": Cost(dim + 1, 0, dim),
+        "gate": Cost(161),
+        "state_gate": Cost(dim + 1),
+    }  # gates run on request only, as the probe
     return {
         **{name: cost * c.n_recurrent_layers for name, cost in _layer(c, span, decode, looped=True).items()},
         "injection": {"lti": lti, "linear": linear, "add": Cost(), "none": Cost()}[c.injection],

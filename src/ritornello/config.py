@@ -15,9 +15,10 @@ Positions = Literal["rope", "none"]
 Ffn = Literal["moe", "dense"]
 Norm = Literal["pre", "pre_post", "sandwich"]
 Injection = Literal["lti", "linear", "add", "none"]
-Halting = Literal["none", "act", "gate", "kl", "delta", "entropy"]
+Halting = Literal["none", "act", "gate", "state_gate", "kl", "delta", "entropy"]
 ReadOut = Literal["last", "mixture"]
 InitialState = Literal["zeros", "e", "noise"]
+StateNorm = Literal["none", "read", "loop"]
 Gather = Literal["step", "loop"]
 Precision = Literal["fp32", "bf16"]
 CheckpointForm = Literal["auto", "plain", "sharded"]
@@ -104,6 +105,7 @@ class ModelConfig:
     n_loops: int = 16  # default depth, and the size of every per-loop table
     max_seq_len: int = 4096
     tie_embeddings: bool = True
+    embedding_scale: float = 1.0  # what token embeddings are multiplied by, not the head that shares their table
 
     attention: Attention = "gqa"
     positions: Positions = "rope"
@@ -116,6 +118,7 @@ class ModelConfig:
     qk_nope_head_dim: int = 32  # MLA
     qk_rope_head_dim: int = 16  # MLA
     v_head_dim: int = 32  # MLA
+    qk_bias: bool = False  # GQA: queries and keys are shifted before they turn
     kv_sharing: KvSharing = "per_loop"  # "first": every loop reads the keys and values of loop 0
 
     ffn: Ffn = "moe"  # of the recurrent layers; prelude and coda are dense
@@ -133,6 +136,8 @@ class ModelConfig:
 
     norm: Norm = "pre"
     norm_eps: float = 1e-6
+    normalize_input: bool = True  # False: e is what the prelude gives, as it is
+    state_norm: StateNorm = "none"  # the last norm reads the state too: before the coda, or after each loop
     dropout: float = 0.0
 
     injection: Injection = "lti"
@@ -167,6 +172,7 @@ class ModelConfig:
         require_kinds(self)
         layers = self.n_prelude_layers + self.n_recurrent_layers + self.n_coda_layers
         require(layers > 0, "n_recurrent_layers", 0, "> 0 when n_prelude_layers and n_coda_layers are 0")
+        require_float("embedding_scale", self.embedding_scale, 0, open_low=True)
         require_float("norm_eps", self.norm_eps, 0, 1, open_low=True)
         require_float("rope_theta", self.rope_theta, 1, open_low=True)
         require_float("dropout", self.dropout, 0, 0.99)
@@ -185,6 +191,7 @@ class ModelConfig:
             )
             rope_dim, name = self.head_dim, "head_dim"
         else:
+            require(not self.qk_bias, "qk_bias", self.qk_bias, "False with attention 'mla'")
             for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
                 require_int(name, getattr(self, name), 1, MAX_SIZE)
             rope_dim, name = self.qk_rope_head_dim, "qk_rope_head_dim"
@@ -221,6 +228,9 @@ class ModelConfig:
         require_float("input_init", self.input_init, 0)
         if self.is_plain:
             require(self.halting == "none", "halting", self.halting, "'none' without recurrent layers")
+            require(self.state_norm == "none", "state_norm", self.state_norm, "'none' without recurrent layers")
+        twice = self.anchored and self.state_norm == "loop"
+        require(not twice, "state_norm", self.state_norm, "'none' or 'read' with an anchored state, which has its norm")
         require(
             not (self.anchored and self.carry_streams > 1),
             "carry_streams",
@@ -304,6 +314,7 @@ DEFAULT_THRESHOLDS: dict[ExitName, float] = {
 DEFAULT_RULES: dict[str, ExitName] = {
     "act": "cumulative",
     "gate": "hazard",
+    "state_gate": "cumulative",
     "kl": "kl",
     "delta": "delta",
     "entropy": "entropy",
@@ -509,7 +520,7 @@ class Recipe:
             "'frozen' with the read-out 'mixture', which is trained through its one prediction",
         )
         require(
-            train.halting_loss == "frozen" or model.halting in ("act", "gate"),
+            train.halting_loss == "frozen" or model.halting in ("act", "gate", "state_gate"),
             "train.halting_loss",
             train.halting_loss,
             f"'frozen' with halting {model.halting!r}",

@@ -32,7 +32,7 @@ PLAIN: dict[str, Any] = {"lora_rank": 0, "loop_embedding": False, "ffn": "dense"
 STEPS = 50
 KINDS: dict[str, dict[str, Any]] = {
     "experts, tied": {"halting": "none"},
-    "gate, untied": {"halting": "gate", "tie_embeddings": False},
+    "gate, untied": {"halting": "gate", "tie_embeddings": False, "qk_bias": True},
     "act": {"halting": "act"},
     "plain": {"halting": "none", "n_prelude_layers": 2, "n_recurrent_layers": 0, "n_coda_layers": 0} | PLAIN,
     "streams, mla": {"halting": "kl", "carry_streams": 2, "attention": "mla"},

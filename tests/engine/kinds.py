@@ -12,6 +12,14 @@ from ritornello.engine.request import Request
 from ritornello.model.rdt import RecurrentDepthTransformer
 from tests.model.builders import build, signal, tokens_for
 
+HUGINN = {
+    "injection": "linear",
+    "state_norm": "read",
+    "normalize_input": False,
+    "embedding_scale": 4.0,
+    "qk_bias": True,
+}
+OURO = {"injection": "none", "state_norm": "loop", "normalize_input": False, "layers": (1, 2, 0), "lora_targets": ()}
 KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and the exit rule
     "gqa": ({"halting": "none"}, None),
     "mla": ({"halting": "none", "attention": "mla"}, None),
@@ -24,6 +32,8 @@ KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and th
     "first": ({"halting": "kl", "kv_sharing": "first"}, "kl"),
     "noise": ({"halting": "none", "initial_state": "noise", "norm": "sandwich"}, None),
     "bias by loop": ({"halting": "none", "router_bias_per_loop": True, "positions": "none"}, None),
+    "as Huginn": ({"halting": "none", "initial_state": "noise", "norm": "sandwich", **HUGINN}, "delta"),
+    "as Ouro": ({"halting": "state_gate", "initial_state": "e", "norm": "pre_post", **OURO}, "cumulative"),
     "plain": ({"halting": "none", "layers": (2, 0, 1)}, None),
     "bare": ({"halting": "none", "layers": (0, 1, 0)}, None),
 }

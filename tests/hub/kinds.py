@@ -35,7 +35,7 @@ MLA = {
 KINDS: dict[str, dict[str, Any]] = {
     "moe": {},
     "mla": MLA,
-    "dense": {"ffn": "dense", "tie_embeddings": False},
+    "dense": {"ffn": "dense", "tie_embeddings": False, "qk_bias": True, "embedding_scale": 3.0},
     "shared keys": {"ffn": "dense", "kv_sharing": "first"},
     "gate": {"ffn": "dense", "halting": "gate", "norm": "pre_post"},
     "act": {"ffn": "dense", "halting": "act", "read_out": "mixture", "initial_state": "e"},

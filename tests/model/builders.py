@@ -41,6 +41,10 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (1, 0),
     "n_token_tables": (1, 2),
     "tie_embeddings": (True, False),
+    "embedding_scale": (1.0, 3.0),
+    "qk_bias": (False, True),
+    "normalize_input": (True, False),
+    "state_norm": get_args(settings.StateNorm),
     "layers": ((1, 1, 1), (0, 2, 1), (1, 2, 0)),
     "policy": get_args(settings.CachePolicy),  # of the cache, not of the model
 }
@@ -100,7 +104,7 @@ def covering() -> tuple[tuple[Row, ...], dict[tuple[Choice, Choice], str]]:
     refused = {pair: reason for pair in pairs if (reason := refusal(dict(pair))) and not completions(pair, draw, 1)}
     for pair in pairs:
         if pair not in seen and pair not in refused:
-            best = max(completions(pair, draw, 10), key=lambda row: len(set(combinations(row.items(), 2)) - seen))
+            best = max(completions(pair, draw, 50), key=lambda row: len(set(combinations(row.items(), 2)) - seen))
             rows.append(best)
             seen.update(combinations(best.items(), 2))
     return tuple(rows), refused
@@ -128,6 +132,10 @@ def repaired(row: Row, pair: tuple[Choice, Choice]) -> Row:
         row["read_out"] = "last"
     if row["anchored"] and row["carry_streams"] > 1 and "carry_streams" not in fixed:
         row["carry_streams"] = 1
+    if row["anchored"] and row["state_norm"] == "loop" and "state_norm" not in fixed:
+        row["state_norm"] = "none"
+    if row["attention"] == "mla" and "qk_bias" not in fixed:
+        row["qk_bias"] = False
     return row
 
 

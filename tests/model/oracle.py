@@ -20,9 +20,10 @@ from ritornello.ops.noise import fold, normal
 KNOWN = {
     "attention": ("gqa", "mla"),
     "injection": ("lti", "linear", "add", "none"),
-    "halting": ("none", "act", "gate", "kl", "delta", "entropy"),
+    "halting": ("none", "act", "gate", "state_gate", "kl", "delta", "entropy"),
     "norm": ("pre", "pre_post", "sandwich"),
     "initial_state": ("zeros", "e", "noise"),
+    "state_norm": ("none", "read", "loop"),
 }
 
 
@@ -73,6 +74,8 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 def linear(module: nn.Module, x: Tensor, table: int) -> Tensor:
     y = module.weight @ x
+    if getattr(module, "bias", None) is not None:
+        y = y + module.bias
     if getattr(module, "loop_A", None) is not None:
         y = y + module.loop_B[table] @ (module.loop_A[table] @ x)
     return y
@@ -109,14 +112,18 @@ class _Oracle:
     def token(self, ids: Tensor, budget: int) -> tuple[Tensor, int, list[float], list[Tensor]]:
         m = self.model
         x = sum(table.weight[i] for table, i in zip(m.embed_tokens, ids.reshape(-1), strict=True))
+        x = x * self.config.embedding_scale
         for layer in m.prelude_layers:
             x = self.layer(layer, x, 0, 0, None)
         used, weights, states = 0, [], []
         if not self.config.is_plain:
-            x, used, weights, states = self.recur(rms_norm(m.input_norm, x), budget)
+            e = rms_norm(m.input_norm, x) if self.config.normalize_input else x
+            x, used, weights, states = self.recur(e, budget)
+        x = rms_norm(m.norm, x) if self.config.state_norm == "read" else x
         for layer in m.coda_layers:
             x = self.layer(layer, x, 0, 0, None)
-        return m.head_weight @ rms_norm(m.norm, x), used, weights, states
+        done = self.config.state_norm == "loop" and not m.coda_layers
+        return m.head_weight @ (x if done else rms_norm(m.norm, x)), used, weights, states
 
     def recur(self, e: Tensor, budget: int) -> tuple[Tensor, int, list[float], list[Tensor]]:
         c = self.config
@@ -167,6 +174,8 @@ class _Oracle:
         else:
             mixing = m.carry.mixing.exp() / m.carry.mixing.exp().sum(1, keepdim=True)
             h = mixing @ u + torch.stack([w * (x - read) for w in m.carry.write_weight])
+        if c.state_norm == "loop":
+            h = torch.stack([rms_norm(m.norm, stream) for stream in h])
         if c.anchored:
             scores = (m.head_weight @ rms_norm(m.norm, h[0])).exp()
             h = rms_norm(m.anchor_norm, m.embed_tokens[0].weight.T @ (scores / scores.sum()))[None]
@@ -287,8 +296,9 @@ class _Oracle:
         c, head = self.config, self.model.halting.head
         if self.exit is not None and self.exit.rule in ("delta", "kl", "entropy"):
             return 0.0  # a training-free rule leaves the head out
-        if c.halting == "act":
-            return min(float((head.linear.weight[0] @ now + head.linear.bias[0]).sigmoid()), survival)
+        if c.halting in ("act", "state_gate"):
+            p = float((head.linear.weight[0] @ now + head.linear.bias[0]).sigmoid())
+            return min(p, survival) if c.halting == "act" else p * survival
         if c.halting == "gate":
             cosine = float(now @ before / max(float(now.norm() * before.norm()), 1e-16))
             features = [math.log(max(self.kl(now, before), 1e-8)), self.entropy(now), 1 - cosine]

@@ -22,6 +22,9 @@ KINDS: dict[str, dict] = {
     "streams, pre_post": {"carry_streams": 3, "norm": "pre_post", "initial_state": "noise"},
     "streams, sandwich": {"carry_streams": 3, "norm": "sandwich"},
     "anchored": {"anchored": True, "initial_state": "noise"},
+    "input as it is": {"normalize_input": False, "initial_state": "e", "embedding_scale": 3.0, "n_token_tables": 2},
+    "input of a sandwich": {"normalize_input": False, "initial_state": "e", "norm": "sandwich", "ffn": "dense"},
+    "norm of each loop": {"state_norm": "loop", "injection": "none", "initial_state": "e"},
     "softmax, free weights": {"router_score": "softmax", "normalize_expert_weights": False, "router_scale": 2.5},
     "one loop's tables": {"n_loops": 1},
 }

@@ -28,6 +28,7 @@ CASES = {
     "muon, plain": small(model={"n_recurrent_layers": 0, "ffn": "dense"}, optimizer="muon", batch_size=1),
     "a vocabulary, tied": small(model={"ffn": "dense", "vocab_size": 4096}, batch_size=1, seq_len=16),
     "norms after branches": small(model={"ffn": "dense", "norm": "sandwich"}, precision="bf16"),
+    "muon, biases": small(model={"ffn": "dense", "qk_bias": True, "normalize_input": False}, optimizer="muon"),
     "a probe": small(model={"ffn": "dense", "vocab_size": 2048, "halting": "gate"}),
     "low rank": small(model={"ffn": "dense", "lora_rank": 16, "lora_targets": ("q", "o", "ffn")}),
 }
@@ -126,6 +127,7 @@ def test_drawn_depth_counts_the_deepest_where_a_row_is_alone() -> None:
     [
         ({"carry_streams": 2}, {}, "model.carry_streams = 2: must be 1 for a plan"),
         ({"anchored": True}, {}, "model.anchored = True"),
+        ({"state_norm": "loop"}, {}, "model.state_norm = 'loop'"),
         ({"halting": "act"}, {}, "model.read_out = 'last'"),
         ({"halting": "gate"}, {"halting_loss": "expected"}, "train.halting_loss = 'expected'"),
     ],

@@ -42,7 +42,7 @@ def by_loop(x: Inputs, row: int, n: int) -> tuple[Tensor, Tensor]:
     return torch.stack(ce), torch.stack([state.halt.weight[0] for state in states])
 
 
-@pytest.mark.parametrize("halting", ("act", "gate"))
+@pytest.mark.parametrize("halting", ("act", "gate", "state_gate"))
 @pytest.mark.parametrize("prior", ("entropy", "geometric"))
 def test_expected_loss_and_prior_are_sums_over_each_sequences_loops(halting, prior):
     train = train_config(halting_loss="expected", halting_prior=prior, halting_prior_rate=0.3)
@@ -108,6 +108,7 @@ def test_which_losses_a_recipe_has():
     assert names() == {"next_token"}
     assert names(halting="kl") == names(halting="entropy") == names(halting="gate") == {"next_token", "probe"}
     assert names(halting="gate", train=expected) == {"next_token", "expected", "prior", "probe"}
+    assert names(halting="state_gate", train=expected) == {"next_token", "expected", "prior"}
     assert names(halting="act") == {"next_token", "expected", "ponder"}
     assert names(halting="act", read_out="mixture") == {"next_token", "ponder"}
     assert names(train=train_config(balance_weight=1.0)) == {"next_token", "balance"}
@@ -115,6 +116,8 @@ def test_which_losses_a_recipe_has():
     assert weights(model_config(halting="act"), train_config())["next_token"] == 0
     with pytest.raises(ValueError, match="halting_loss = 'expected': must be 'frozen'"):
         names(halting="act", read_out="mixture", train=expected)
+    with pytest.raises(ValueError, match="halting_loss = 'frozen': must be 'expected' with halting 'state_gate'"):
+        names(halting="state_gate")
 
 
 def test_every_state_counts_alike_for_the_probe():

@@ -10,6 +10,8 @@ The code is this package's own, its modules side by side: transformers loads not
 import ast
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,16 +62,29 @@ def export(run: str | Path, target: str | Path, *, dtype: torch.dtype | None = N
     Raises:
         ValueError: nothing valid in `run`, or something at `target`.
     """
-    target = Path(target)
-    require(not os.path.lexists(target), "target", str(target), "a folder that does not exist yet")
+    target = free(target)
     loaded = load(run, device="cpu")
+    with created(target) as folder:
+        write_model(wrapped(loaded), folder, dtype=dtype, max_shard=max_shard)
+        tokenizer_of(loaded).save_pretrained(folder)
+    return target
+
+
+def free(target: str | Path) -> Path:
+    """Raise `ValueError` if there is something already."""
+    require(not os.path.lexists(target), "target", str(target), "a folder that does not exist yet")
+    return Path(target)
+
+
+@contextmanager
+def created(target: Path) -> Iterator[Path]:
+    """A folder to write to, which is `target` at the end, whole or not at all."""
     files.make_directory(target.absolute().parent)
     with files.create_directory(target) as folder:
         try:
-            _write(loaded, folder, dtype, max_shard)
+            yield folder
         except SafetensorError as error:  # how the library tells of a full disk
             raise ValueError(f"{target}: could not be written; {error}") from error
-    return target
 
 
 def wrapped(loaded: Loaded) -> RitornelloForCausalLM:
@@ -88,14 +103,14 @@ def tokenizer_of(loaded: Loaded) -> PreTrainedTokenizerFast:
     return to_transformers(loaded.tokenizer, max_length=config.max_seq_len, vocab_size=config.vocab_size)
 
 
-def _write(loaded: Loaded, folder: Path, dtype: torch.dtype | None, max_shard: str) -> None:
-    model, config = wrapped(loaded), loaded.model.config
+def write_model(model: RitornelloForCausalLM, folder: Path, *, dtype: torch.dtype | None, max_shard: str) -> None:
+    """Weights, configuration, code and card: all but the tokenizer."""
+    config = model.config.shape()
     model.config.architectures, model.config.auto_map = [type(model).__name__], AUTO_MAP
     if dtype is not None:
         _round(model, dtype)
     model.config.dtype = dtype or model.dtype
     model.save_pretrained(folder, max_shard_size=max_shard)
-    tokenizer_of(loaded).save_pretrained(folder)
     for name, text in sources().items():
         (folder / name).write_text(text, encoding="utf-8")
     card = CARD.format(
@@ -103,7 +118,7 @@ def _write(loaded: Loaded, folder: Path, dtype: torch.dtype | None, max_shard: s
         n_loops=config.n_loops,
         n_prelude=config.n_prelude_layers,
         n_coda=config.n_coda_layers,
-        n_parameters=sum(p.numel() for p in loaded.model.parameters()),
+        n_parameters=sum(p.numel() for p in model.native.parameters()),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

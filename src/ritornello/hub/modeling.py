@@ -142,7 +142,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
     ) -> RitornelloOutput:
         """
         Args:
-            input_ids: (B, T); or inputs_embeds (B, T, D).
+            input_ids: (B, T); or inputs_embeds (B, T, D), rows as the table of embeddings has them.
             attention_mask: (B, S) over cached and new tokens, 0 at padding, on either side.
             position_ids: (B, T) or (1, T); by default padding is not counted. Without a mask and a cache, positions
                 that begin anew begin a document: what is packed into a row sees itself only, and leaves no cache.
@@ -155,7 +155,9 @@ class RitornelloModel(RitornelloPreTrainedModel):
         c, training = self.config, self.training
         _refuse_misspelt(kwargs)
         output_hidden_states = c.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if output_hidden_states and inputs_embeds is None and input_ids is not None:
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds if c.embedding_scale == 1 else inputs_embeds * c.embedding_scale
+        elif output_hidden_states and input_ids is not None:
             inputs_embeds, input_ids = self.rdt.embed(input_ids), None
         given = inputs_embeds if input_ids is None else input_ids
         require(given is not None and given.ndim > 1, "input_ids", None, "(B, T), or else inputs_embeds (B, T, D)")

@@ -36,7 +36,7 @@ def load_exported(path: str | Path, *, device: str = "auto") -> Loaded:
     require(n_ids <= shape.vocab_size, f"{path} tokenizer", f"{n_ids} ids", f"at most the model's {shape.vocab_size}")
     with torch.device("meta"):
         model = RecurrentDepthTransformer(shape)
-    stored = Stored(_files(path))
+    stored = Stored(weight_files(path))
     expected = {f"{PREFIX}{name}": x for name, x in model.state_dict().items()}
     found = stored.described
     for name in expected.keys() & found.keys():  # rounded weights are a model's own
@@ -60,7 +60,7 @@ def _shape(source: Path) -> ModelConfig:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The folder's own weights, whole or in the shards that its index names."""
     names: Any = [WEIGHTS]
     if (path / INDEX).exists():

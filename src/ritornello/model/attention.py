@@ -1,6 +1,7 @@
 """Two kinds of attention behind one switch. Each turns a token into one cache entry, and queries entries."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,9 @@ class Attention(nn.Module, ABC):
     ) -> Tensor:
         """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
         x = lowered(x)
-        entries = kv.put(self.layer, loop, self.entry(x, context), running, context.some)
+        found = kv.put(self.layer, loop, self.entry(x, context), running, context.some)
         queries = self.queries(x, table, context)
-        apart = isinstance(entries, Ragged)
-        y = entries.each(queries, self.attend) if apart else self.attend(queries, entries, context.mask)
+        y = found.each(queries, self.attend) if isinstance(found, Ragged) else self.attend(queries, found, context.mask)
         return self.o_proj(y, table)
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Attention(nn.Module, ABC):
         """What the queries find in entries (B, S, kv_width): (B, T, H * value width)."""
 
 
-def lora_options(config: ModelConfig, target: str, *, looped: bool) -> dict[str, int]:
+def lora_options(config: ModelConfig, target: str, *, looped: bool) -> dict[str, Any]:
     """Keyword arguments that give a Linear its low-rank deltas, where the configuration asks for them."""
     chosen = looped and config.lora_rank > 0 and target in config.lora_targets
     return {"n_loops": config.n_loops, "rank": config.lora_rank} if chosen else {}
@@ -60,8 +60,9 @@ class GroupedQueryAttention(Attention):
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__(config, layer=layer, looped=looped)
         dim, head_dim = config.dim, config.head_dim
-        self.q_proj = Linear(dim, config.n_heads * head_dim, **lora_options(config, "q", looped=looped))
-        self.k_proj = Linear(dim, config.n_kv_heads * head_dim)
+        lora, bias = lora_options(config, "q", looped=looped), config.qk_bias
+        self.q_proj = Linear(dim, config.n_heads * head_dim, bias=bias, **lora)
+        self.k_proj = Linear(dim, config.n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(dim, config.n_kv_heads * head_dim)
         self.o_proj = Linear(config.n_heads * head_dim, dim, **lora_options(config, "o", looped=looped))
 
@@ -101,10 +102,8 @@ class LatentAttention(Attention):
             self.q_proj = Linear(config.dim, q_width, **lora)
         self.kv_a_proj_with_mqa = Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.norm_eps)
-        kv_b_width = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_b_proj = Linear(config.kv_lora_rank, kv_b_width)
-        o_lora = lora_options(config, "o", looped=looped)
-        self.o_proj = Linear(config.n_heads * config.v_head_dim, config.dim, **o_lora)
+        self.kv_b_proj = Linear(config.kv_lora_rank, config.n_heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(config.n_heads * config.v_head_dim, config.dim, **lora_options(config, "o", looped=looped))
         self.scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
 
     def entry(self, x: Tensor, context: Context) -> Tensor:

@@ -33,11 +33,11 @@ def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
     """The largest ‖h‖ over tokens, after any of `n_loops` loops; of each stream with carry streams."""
     require(not model.config.is_plain, "n_recurrent_layers", 0, "> 0 for a bound on the state")
     require_int("n_loops", n_loops, 1)
-    dim = model.config.dim
-    e = norm_bound(model.input_norm)
-    start = {"zeros": 0.0, "e": e, "noise": math.sqrt(dim * 2 / 5) * 3}[model.config.initial_state]
-    if model.anchor_norm is not None:
-        return max(start, norm_bound(model.anchor_norm))
+    e = _input_bound(model) if model.input_norm is None else norm_bound(model.input_norm)
+    start = {"zeros": 0.0, "e": e, "noise": math.sqrt(model.config.dim * 2 / 5) * 3}[model.config.initial_state]
+    last = model.norm if model.config.state_norm == "loop" else model.anchor_norm
+    if last is not None:
+        return max(start, norm_bound(last))
     layers = [layer for layer in model.recurrent if isinstance(layer, Layer)]
     rho, inflow = model.injection.rho(), model.injection.gain() * e
     write = float(model.carry.write_weight.abs().max()) if isinstance(model.carry, HyperConnections) else 1.0
@@ -57,16 +57,25 @@ def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
     return max(start, rho**n_loops * start + steps * (inflow + write * change))
 
 
-def norm_bound(norm: RMSNorm) -> float:
+def _input_bound(model: "RecurrentDepthTransformer") -> float:
+    """The largest e that comes from tokens, where no norm makes it."""
+    layers = [layer for layer in model.prelude_layers if isinstance(layer, Layer)]
+    if layers and model.config.norm == "sandwich":
+        return norm_bound(layers[-1].mlp_out_layernorm)
+    size = sum(float(table.weight.norm(dim=1).max()) for table in model.embed_tokens)  # pyrefly: ignore
+    return model.config.embedding_scale * size + sum(layer_bound(layer, 0.0) for layer in layers)
+
+
+def norm_bound(norm: RMSNorm | None) -> float:
     """‖norm(x)‖ ≤ √D · max|γ|."""
+    assert norm is not None
     return math.sqrt(norm.weight.shape[0]) * float(norm.weight.abs().max())
 
 
 def _shift(model: "RecurrentDepthTransformer") -> float:
     """The largest loop embedding that a branch's input is shifted by."""
-    if model.loop_embedding is None or model.loop_embedding_scale is None:
-        return 0.0
-    return float(model.loop_embedding_scale.abs() * model.loop_embedding.weight.norm(dim=1).max())
+    shifts = model._shift(torch.arange(model.config.n_loops))
+    return 0.0 if shifts is None else float(shifts.norm(dim=1).max())
 
 
 def layer_bound(layer: Layer, shift: float) -> float:
@@ -75,20 +84,18 @@ def layer_bound(layer: Layer, shift: float) -> float:
         return norm_bound(layer.attn_out_layernorm) + norm_bound(layer.mlp_out_layernorm)
     attention = attention_bound(layer.self_attn, norm_bound(layer.input_layernorm) + shift)
     x = norm_bound(layer.post_attention_layernorm) + shift
-    if isinstance(layer.mlp, FeedForward):
-        return attention + feed_forward_bound(layer.mlp, x)
-    return attention + mixture_bound(layer.mlp, x)
+    mlp = feed_forward_bound(layer.mlp, x) if isinstance(layer.mlp, FeedForward) else mixture_bound(layer.mlp, x)
+    return attention + mlp
 
 
 def attention_bound(attention: Attention, x: float) -> float:
     """Each head returns a convex combination of values, ‖v‖ ≤ ‖W_v‖‖x‖; heads stack, then o_proj."""
+    c = attention.config
     if isinstance(attention, GroupedQueryAttention):
-        c = attention.config
         values = attention.v_proj.weight.unflatten(0, (c.n_kv_heads, -1))
         per_head = spectral_norm(values).repeat_interleave(c.n_heads // c.n_kv_heads)
     else:
         assert isinstance(attention, LatentAttention)
-        c = attention.config
         values = attention.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))[:, c.qk_nope_head_dim :]
         per_head, x = spectral_norm(values), norm_bound(attention.kv_a_layernorm)
     return float(per_head.norm()) * x * float(spectral_norm(_merged(attention.o_proj)).max())

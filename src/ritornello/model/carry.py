@@ -15,13 +15,12 @@ def initial_state(kind: str, e: Tensor, context: Context) -> Tensor:
 
     Noise depends on (key, position, channel) alone, so that a prefix, a chunk or another batch sees the same.
     """
-    if kind == "zeros":
-        return torch.zeros_like(at_least_float32(e))
-    if kind == "e":
-        return at_least_float32(e)
+    e = at_least_float32(e)
+    if kind != "noise":
+        return e if kind == "e" else torch.zeros_like(e)
     keys = (context.key or Key()).fold(context.positions, 0)[..., None]
     noise = normal(fold(keys, torch.arange(e.shape[-1], device=e.device))).clamp(-3, 3)
-    return math.sqrt(2 / 5) * noise.to(at_least_float32(e).dtype)
+    return math.sqrt(2 / 5) * noise.to(e.dtype)
 
 
 class SingleStream(nn.Module):

@@ -57,9 +57,8 @@ class Depth:
             return n_loops
         if not isinstance(n_loops, Tensor):
             return Depth.uniform(n_loops)
-        require(
-            n_loops.shape in (shape[:1], shape), "n_loops", tuple(n_loops.shape), f"of shape (B,) or (B, T) = {shape}"
-        )
+        fits = n_loops.shape in (shape[:1], shape)
+        require(fits, "n_loops", tuple(n_loops.shape), f"of shape (B,) or (B, T) = {shape}")
         whole = not n_loops.is_floating_point() and n_loops.dtype != torch.bool
         low, high = (int(x) for x in n_loops.aminmax())
         _check_budgets(whole, low, high)
@@ -106,5 +105,4 @@ class Turn:
 
 
 def _check_budgets(whole: bool, low: int, high: int) -> None:
-    ok = whole and low >= 1 and high <= MAX_LOOPS
-    require(ok, "n_loops", (low, high), f"integers in [1, {MAX_LOOPS}]")
+    require(whole and low >= 1 and high <= MAX_LOOPS, "n_loops", (low, high), f"integers in [1, {MAX_LOOPS}]")

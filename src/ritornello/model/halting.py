@@ -2,7 +2,6 @@
 would be computed otherwise than the whole; so predictions are read through a probe that skips the coda.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -64,11 +63,7 @@ class Signals:
         return torch.stack((self.kl().clamp(min=1e-8).log(), self.entropy(), turn), -1).detach()
 
 
-EXIT_TESTS: dict[str, Callable[[Signals], Tensor]] = {
-    "kl": Signals.kl,
-    "entropy": Signals.entropy,
-    "delta": Signals.delta,
-}
+EXIT_TESTS = {"kl": Signals.kl, "entropy": Signals.entropy, "delta": Signals.delta}
 
 LEARNED_RULES = ("hazard", "cumulative")
 HALTING_BIAS = -3.0  # 0 or more traps most runs at one loop (2604.21999)
@@ -85,17 +80,27 @@ class ActHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, HALTING_BIAS)
 
+    def read(self, h: Tensor) -> Tensor:
+        """σ(w·h + b): (m, T)."""
+        weight, bias = at_least_float32(self.linear.weight), at_least_float32(self.linear.bias)
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.to(weight.dtype), weight, bias).squeeze(-1).sigmoid()
+
     def stopping(self, signals: Signals, survival: Tensor) -> Tensor:
         """The probability (m, T) of stopping at this loop, at most what is left."""
-        weight, bias = at_least_float32(self.linear.weight), at_least_float32(self.linear.bias)
-        with torch.autocast(signals.h.device.type, enabled=False):
-            p = F.linear(signals.h.to(weight.dtype), weight, bias).squeeze(-1).sigmoid()
-        return torch.minimum(p, survival)
+        return torch.minimum(self.read(signals.h), survival)
+
+
+class StateGateHead(ActHead):
+    """A hazard λ = σ(w·h + b) that reads the state; p_t = λ_t · Π_{s<t} (1 − λ_s) (Ouro 2510.25741, §3.1)."""
+
+    def stopping(self, signals: Signals, survival: Tensor) -> Tensor:
+        return survival * self.read(signals.h)
 
 
 class GateHead(nn.Module):
-    """A hazard λ from three features of the change between loops; p_t = λ_t · Π_{s<t} (1 − λ_s) as in PonderNet
-    (2107.05407) and Ouro. Those read h itself; the features alone are what transfers to unseen depths."""
+    """A hazard λ from three features of the change between loops, which transfer to unseen depths as the state does
+    not; p_t = λ_t · Π_{s<t} (1 − λ_s) as in PonderNet (2107.05407)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,7 +121,7 @@ class GateHead(nn.Module):
         return survival * self.logits(signals.features()).sigmoid().to(survival.dtype)
 
 
-HALTING_HEADS: dict[str, type[ActHead] | type[GateHead]] = {"act": ActHead, "gate": GateHead}
+HALTING_HEADS: dict[str, type[ActHead | GateHead]] = {"act": ActHead, "gate": GateHead, "state_gate": StateGateHead}
 
 
 @dataclass(frozen=True)

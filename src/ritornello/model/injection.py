@@ -93,9 +93,8 @@ class ConcatLinear(Injection):
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(
-                at_least_float32(torch.cat((h, e.to(h.dtype).expand_as(h)), -1)), at_least_float32(self.weight)
-            )
+            both = torch.cat((h, e.to(h.dtype).expand_as(h)), -1)
+            return F.linear(at_least_float32(both), at_least_float32(self.weight))
 
     def _norm(self, half: int) -> float:
         return torch.linalg.matrix_norm(at_least_float32(self.weight.detach()).chunk(2, 1)[half], 2).item()

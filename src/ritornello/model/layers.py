@@ -45,14 +45,12 @@ class Layer(nn.Module):
             self.mlp = FeedForward(config, config.ffn_dim, looped=looped)
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        if config.norm != "pre":
-            self.attn_out_layernorm = RMSNorm(config.dim, config.norm_eps)
-            self.mlp_out_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.attn_out_layernorm = RMSNorm(config.dim, config.norm_eps) if config.norm != "pre" else None
+        self.mlp_out_layernorm = RMSNorm(config.dim, config.norm_eps) if config.norm != "pre" else None
 
     def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Routed | None]:
-        y = self.self_attn(
-            self._read(self.input_layernorm, x, now), now.loop, now.table, now.context, now.kv, now.running
-        )
+        y = self._read(self.input_layernorm, x, now)
+        y = self.self_attn(y, now.loop, now.table, now.context, now.kv, now.running)
         x = self._write("attention", x, y, now)
         y, routed = self._feed_forward(self._read(self.post_attention_layernorm, x, now), now)
         return self._write("ffn", x, y, now), routed
@@ -71,9 +69,7 @@ class Layer(nn.Module):
 
     def _write(self, branch: str, x: Tensor, y: Tensor, now: Pass) -> Tensor:
         """Add a branch's output to the residual stream, which keeps x's precision."""
-        norm = None
-        if self.norm_kind != "pre":
-            norm = self.attn_out_layernorm if branch == "attention" else self.mlp_out_layernorm
+        norm = self.attn_out_layernorm if branch == "attention" else self.mlp_out_layernorm
         if norm is not None and self.norm_kind == "pre_post":
             y = norm(y)
         if self.training and self.dropout:

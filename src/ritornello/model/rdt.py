@@ -23,7 +23,7 @@ from ritornello.model.cache import Cache, KeyValues, Passing
 from ritornello.model.carry import HyperConnections, SingleStream, initial_state
 from ritornello.model.context import Capture, Context, Loop, build_context
 from ritornello.model.depth import Depth, Turn
-from ritornello.model.halting import ActHead, Halting, Probe, Signals, check_exit
+from ritornello.model.halting import Halting, Probe, Signals, check_exit
 from ritornello.model.initialize import initialize
 from ritornello.model.injection import INJECTIONS
 from ritornello.model.layers import Layer, Pass
@@ -70,17 +70,15 @@ class RecurrentDepthTransformer(nn.Module):
         self.config = config
         c = config
         self.embed_tokens = nn.ModuleList(_table(c.vocab_size, c.dim) for _ in range(c.n_token_tables))
-        layers = [
-            Layer(c, layer=i, looped=0 <= i - c.n_prelude_layers < c.n_recurrent_layers) for i in range(c.n_layers)
-        ]
-        coda = c.n_prelude_layers + c.n_recurrent_layers
-        self.prelude_layers = nn.ModuleList(layers[: c.n_prelude_layers])
-        self.recurrent = nn.ModuleList(layers[c.n_prelude_layers : coda])
+        start, coda = c.n_prelude_layers, c.n_prelude_layers + c.n_recurrent_layers
+        layers = [Layer(c, layer=i, looped=start <= i < coda) for i in range(c.n_layers)]
+        self.prelude_layers = nn.ModuleList(layers[:start])
+        self.recurrent = nn.ModuleList(layers[start:coda])
         self.coda_layers = nn.ModuleList(layers[coda:])
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.head = None if c.tie_embeddings else Linear(c.dim, c.vocab_size)
         if not c.is_plain:
-            self.input_norm = RMSNorm(c.dim, c.norm_eps)
+            self.input_norm = RMSNorm(c.dim, c.norm_eps) if c.normalize_input else None
             self.injection = INJECTIONS[c.injection](c)
             self.carry = SingleStream() if c.carry_streams == 1 else HyperConnections(c.carry_streams)
             self.loop_embedding = _table(c.n_loops, c.dim) if c.loop_embedding else None
@@ -120,18 +118,20 @@ class RecurrentDepthTransformer(nn.Module):
         return linear(hidden, self.head_weight) if self.head is None else self.head(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) or (B, T, C) -> (B, T, D): the sum over C tables."""
+        """(B, T) or (B, T, C) -> (B, T, D): the sum over C tables, scaled."""
         ids = tokens if tokens.ndim == 3 else tokens[..., None]
-        return reduce(torch.add, (table(ids[..., i]) for i, table in enumerate(self.embed_tokens)))
+        x = reduce(torch.add, (table(ids[..., i]) for i, table in enumerate(self.embed_tokens)))
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
 
     def prelude(self, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
         """Embeddings (B, T, D) -> e (B, T, D)."""
         x = self._run(self.prelude_layers, x, context, kv)
-        return x if self.config.is_plain else self.input_norm(x)
+        return x if self.config.is_plain or self.input_norm is None else self.input_norm(x)
 
     def coda(self, h: Tensor, context: Context, kv: KeyValues) -> Tensor:
         """State (B, T, D) -> hidden (B, T, D), in which the logits are linear."""
-        return self.norm(self._run(self.coda_layers, h, context, kv))
+        x = self._run(self.coda_layers, self.norm(h) if self.config.state_norm == "read" else h, context, kv)
+        return x if self.config.state_norm == "loop" and not self.config.n_coda_layers else self.norm(x)
 
     def _run(self, layers: nn.ModuleList, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
         now = Pass(0, 0, context, kv)
@@ -153,10 +153,10 @@ class RecurrentDepthTransformer(nn.Module):
         now = Pass(loop, table, context, kv, running, self._shift(table))
         routed = []
         for layer in self.recurrent:
-            x, layer_routed = layer(x, now)
-            if layer_routed is not None:
-                routed.append(layer_routed)
+            x, found = layer(x, now)
+            routed += [] if found is None else [found]
         h = self.carry.write(u, read, x)
+        h = self.norm(h) if self.config.state_norm == "loop" else h
         return (self._anchor(h) if self.anchor_norm is not None else h), tuple(routed)
 
     def _shift(self, table: Loop) -> Tensor | None:
@@ -353,7 +353,7 @@ class RecurrentDepthTransformer(nn.Module):
         if balance:
             out.aux["balance"] = torch.stack(balance).sum() / n_rows
         out.loops_used = run.depth.restore(state.loops_used)
-        if state.halt is not None and isinstance(self.halting.head, ActHead):
+        if state.halt is not None and c.halting == "act":
             ponder = out.loops_used + run.depth.restore(state.halt.remainder)
             out.aux["ponder"] = ponder.mean() if real is None else (ponder * real).sum() / real.sum().clamp(min=1)
         return run.depth.restore(self.read_out(state))

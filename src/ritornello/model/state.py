@@ -37,20 +37,16 @@ class LoopState:
         if entries is not None:
             shape = other.h.shape[:2]
             entries = {layer: torch.cat((x, x.new_zeros(*shape, x.shape[-1]))) for layer, x in entries.items()}
-        return LoopState(
-            torch.cat((self.h, other.h)),
-            torch.cat((self.loops_used, other.loops_used)),
-            torch.cat((self.rows, other.rows)),
-            entries=entries,
-            halt=None if self.halt is None or other.halt is None else self.halt.join(other.halt),
-        )
+        halt = None if self.halt is None or other.halt is None else self.halt.join(other.halt)
+        pairs = (self.h, other.h), (self.loops_used, other.loops_used), (self.rows, other.rows)
+        h, used, rows = (torch.cat(pair) for pair in pairs)
+        return LoopState(h, used, rows, entries=entries, halt=halt)
 
     def take(self, some: Subset) -> "LoopState":
         """The state of some tokens; `entries` remain those of all."""
         halt = None if self.halt is None else self.halt.take(some)
-        return LoopState(
-            some.take(self.h), some.take(self.loops_used), self.rows[some.rows], entries=self.entries, halt=halt
-        )
+        h, used = some.take(self.h), some.take(self.loops_used)
+        return LoopState(h, used, self.rows[some.rows], entries=self.entries, halt=halt)
 
     def put(self, some: Subset, new: "LoopState", turn: Turn) -> "LoopState":
         """This state after `turn`, which some of its tokens have run."""

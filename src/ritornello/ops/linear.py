@@ -14,13 +14,15 @@ def local(weight: Any) -> Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., K) · weightᵀ, weight (N, K) -> (..., N).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) · weightᵀ + bias, weight (N, K), bias (N,) -> (..., N).
 
     On a CPU few rows of float32 are multiplied the other way around, and the result is copied into order: BLAS takes up
     to five times as long for x · weightᵀ. Compiled, one row becomes a sum of products, which the compiler fuses with
     what stands around it and reads the weight once from end to end (experiments/LOG.md, entries 15 and 16).
     """
+    if bias is not None:
+        return linear(x, weight) + local(bias)
     n_rows, weight = x.shape[:-1].numel(), local(weight)
     if x.device.type != "cpu" or n_rows > FEW:
         return F.linear(x, weight)

@@ -51,6 +51,7 @@ def check(recipe: Recipe) -> None:
     """
     c, remedy = recipe.model, "what else a step keeps has no formula yet"
     require(c.carry_streams == 1, "model.carry_streams", c.carry_streams, "1 for a plan", remedy)
+    require(c.state_norm != "loop", "model.state_norm", c.state_norm, "'none' or 'read' for a plan", remedy)
     require(not c.anchored, "model.anchored", c.anchored, "False for a plan", remedy)
     last = c.halting != "act" or c.read_out == "mixture"
     require(last, "model.read_out", c.read_out, "'mixture' with halting 'act' for a plan", remedy)

@@ -317,5 +317,6 @@ def matrices(config: ModelConfig) -> int:
     latent = (c.q_lora_rank + c.kv_lora_rank) if c.attention == "mla" else 0
     norms = c.n_layers * latent
     norms += (c.n_prelude_layers + c.n_coda_layers) * c.dim * (2 if c.norm == "pre" else 4)
+    biases = c.n_layers * (c.n_heads + c.n_kv_heads) * c.head_dim if c.qk_bias else 0
     names = ("recurrent_attention", "recurrent_ffn", "shared_experts", "prelude", "coda")
-    return sum(shares.get(name, 0) for name in names) - norms
+    return sum(shares.get(name, 0) for name in names) - norms - biases

@@ -135,10 +135,17 @@ def weights(model: ModelConfig, train: TrainConfig) -> dict[str, float]:
         "'frozen' with the read-out 'mixture'",
         "a mixture is trained through its one prediction, the expected loss through one prediction a loop",
     )
+    require(
+        joint or model.halting != "state_gate",
+        "train.halting_loss",
+        train.halting_loss,
+        "'expected' with halting 'state_gate'",
+        "only 'gate' is fitted when the rest is trained",
+    )
     table = {"next_token": 0.0 if joint else 1.0}
     if joint:
         table["expected"] = 1.0
-    if joint and model.halting == "gate":
+    if joint and model.halting in ("gate", "state_gate"):
         table["prior"] = train.halting_prior_weight
     if model.halting == "act":
         table["ponder"] = train.ponder_weight

@@ -69,7 +69,7 @@ def dimension(path: str) -> int | None:
     """Along which a parameter of a region is spread; None: every process has it whole."""
     owner, _, kind = path.rpartition(".")
     if owner in COLUMNS:
-        return {"weight": 0, "loop_B": 1}.get(kind)
+        return {"weight": 0, "bias": 0, "loop_B": 1}.get(kind)
     return {"weight": 1, "loop_A": 2}.get(kind) if owner in ROWS else None
 
 

@@ -1,0 +1,92 @@
+"""Ouro 1.4B and 2.6B (2510.25741) as their `modeling_ouro.py` runs them.
+
+All layers are looped and nothing comes back: h_0 = e is the embedding, the last norm ends every loop, each branch's
+output is normed, and a gate reads the state. With the rule `cumulative` a token stops where theirs is read. Theirs then
+runs on, for its deeper keys and values; here it is frozen, so that what later tokens read of it differs from there on.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ritornello.config import ModelConfig, require
+from ritornello.hub.published import LOOPED_ALIKE, expect, given
+
+PARTS = {  # of a layer
+    "input_layernorm": "input_layernorm",
+    "attn_out_layernorm": "input_layernorm_2",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "mlp_out_layernorm": "post_attention_layernorm_2",
+    **{f"self_attn.{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"},
+    **{f"mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+
+
+def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
+    """The shape that their configuration describes.
+
+    Raises:
+        ValueError: something is missing, or of a kind that no published checkpoint has.
+    """
+    expect(theirs, hidden_act="silu", attention_dropout=0.0, use_sliding_window=False)
+    kinds = given(theirs, "layer_types", default=[])
+    full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    require(full, "config.json layer_types", kinds, "'full_attention' throughout")
+    dim, n_heads = given(theirs, "hidden_size"), given(theirs, "num_attention_heads")
+    for name, size in (("hidden_size", dim), ("num_attention_heads", n_heads)):
+        require(type(size) is int and size > 0, f"config.json {name}", size, "an integer > 0")
+    return ModelConfig(
+        vocab_size=given(theirs, "vocab_size"),
+        dim=dim,
+        n_prelude_layers=0,
+        n_recurrent_layers=given(theirs, "num_hidden_layers"),
+        n_coda_layers=0,
+        n_loops=given(theirs, "total_ut_steps", default=4),
+        max_seq_len=given(theirs, "max_position_embeddings"),
+        tie_embeddings=given(theirs, "tie_word_embeddings", default=False),
+        rope_theta=_theta(theirs),
+        n_heads=n_heads,
+        n_kv_heads=given(theirs, "num_key_value_heads", default=n_heads),
+        head_dim=given(theirs, "head_dim", default=dim // n_heads),
+        ffn_dim=given(theirs, "intermediate_size"),
+        norm="pre_post",
+        norm_eps=given(theirs, "rms_norm_eps", default=1e-6),
+        normalize_input=False,
+        state_norm="loop",
+        injection="none",
+        initial_state="e",
+        halting="state_gate",
+        **LOOPED_ALIKE,
+    )
+
+
+def _theta(theirs: Mapping[str, Any]) -> float:
+    """Of plain rope, as transformers 4 or 5 writes it."""
+    rope = given(theirs, "rope_parameters", "rope_scaling", default={})
+    require(isinstance(rope, dict), "config.json rope_scaling", rope, "an object")
+    kind = given(rope, "rope_type", "type", default="default")
+    require(kind == "default", "config.json rope_scaling", kind, "'default', the one that is converted")
+    return given({**theirs, **rope}, "rope_theta")
+
+
+def from_theirs(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our tensors by name, of theirs: none is changed."""
+    return {ours: state[theirs] for ours, theirs in _names(config)}
+
+
+def to_theirs(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Their tensors by name, of ours."""
+    return {theirs: state[ours] for ours, theirs in _names(config)}
+
+
+def _names(c: ModelConfig) -> Iterator[tuple[str, str]]:
+    yield "embed_tokens.0.weight", "model.embed_tokens.weight"
+    for i in range(c.n_recurrent_layers):
+        for ours, theirs in PARTS.items():
+            yield f"recurrent.{i}.{ours}.weight", f"model.layers.{i}.{theirs}.weight"
+    yield "norm.weight", "model.norm.weight"
+    for kind in ("weight", "bias"):
+        yield f"halting.head.linear.{kind}", f"model.early_exit_gate.{kind}"
+    if not c.tie_embeddings:
+        yield "head.weight", "lm_head.weight"

@@ -1,0 +1,35 @@
+"""What converters of published models share: reading a configuration that others wrote, and the two layouts of rope."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ritornello.config import require
+
+LOOPED_ALIKE: dict[str, Any] = {"ffn": "dense", "lora_rank": 0, "lora_targets": (), "loop_embedding": False}
+_MISSING = object()
+
+
+def given(theirs: Mapping[str, Any], *names: str, default: Any = _MISSING) -> Any:
+    """What the configuration says under the first of these names that it has."""
+    found = next((theirs[name] for name in names if theirs.get(name) is not None), default)
+    require(found is not _MISSING, f"config.json {names[0]}", None, "given")
+    return found
+
+
+def expect(theirs: Mapping[str, Any], **settings: Any) -> None:
+    """Settings that this package knows one value of; one that is not named has it."""
+    for name, value in settings.items():
+        found = theirs.get(name)
+        require(found is None or found == value, f"config.json {name}", found, f"{value!r}, the one that is converted")
+
+
+def to_halves(x: Tensor, head_dim: int) -> Tensor:
+    """Rotary rows (heads · head_dim, ...) with pairs side by side -> first halves, then second ones, as in Llama."""
+    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_pairs(x: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `to_halves`."""
+    return x.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
