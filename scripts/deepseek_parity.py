@@ -14,8 +14,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.utils import logging
 
 from ritornello.hub.deepseek import recurrent_block
-from tests.hub import test_deepseek as tests
-from tests.model.test_parity import Float64Torch, through
+from tests.hub import test_deepseek as tests  # pyrefly: ignore
+from tests.model.test_parity import Float64Torch, through  # pyrefly: ignore
 
 
 def differences(setting: str, dtype: torch.dtype) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ritornello import recipes
 from ritornello.config import ModelConfig, require, require_choice
+from ritornello.hub.pairs import halves
 from ritornello.hub.published import Published
 from ritornello.model.lora import Linear
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -240,11 +241,7 @@ class _Layers:
             found[name] = found[name].to(kept) if name == "q_proj.weight" else found[name]
 
     def _halves(self, rows: Tensor) -> Tensor:
-        """Of (..., n, K) the last rows, which turn: (a pair's first, its second, …) to (all firsts, all seconds)."""
-        if not self._pairs:
-            return rows
-        still, turning = rows.split([rows.shape[-2] - self._c.qk_rope_head_dim, self._c.qk_rope_head_dim], -2)
-        return torch.cat((still, turning[..., 0::2, :], turning[..., 1::2, :]), -2)
+        return halves(rows, self._c.qk_rope_head_dim) if self._pairs else rows
 
     def _feed_forward(self, place: str, width: int, own: str = "mlp.") -> dict[str, Tensor]:
         shapes = {"gate_proj": (width, self._c.dim), "up_proj": (width, self._c.dim), "down_proj": (self._c.dim, width)}
