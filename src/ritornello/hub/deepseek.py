@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ritornello import recipes
 from ritornello.config import ModelConfig, require, require_choice
@@ -62,13 +62,24 @@ class Converted:
 
     def model(self, seed: int = 0) -> RecurrentDepthTransformer:
         """Such a model; what was not published is drawn from `seed`, low-rank deltas in their matrix's type."""
-        model = RecurrentDepthTransformer(self.config, seed=seed)
-        unknown = model.load_state_dict(self.state, strict=False, assign=True).unexpected_keys
-        assert not unknown, unknown
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(self.config)
+        matrices = [name for name, _ in model.named_parameters() if name in self.state and self.state[name].ndim >= 2]
+        for name in matrices:
+            _put(model, name, None)  # or it would be allocated and drawn in vain
+        model.to_empty(device="cpu").init_weights(seed)
+        for name in matrices:
+            _put(model, name, nn.Parameter(self.state[name]))
+        model.load_state_dict(self.state, strict=False, assign=True)
         for module in model.modules():
             if isinstance(module, Linear) and module.loop_A is not None:
                 module.to(module.weight.dtype)
         return model
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    place, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(place), leaf, parameter)
 
 
 def recurrent_block(
@@ -248,10 +259,11 @@ class _Layers:
         return {f"{own}{name}.weight": self._matrix(f"{place}{name}.weight", *size) for name, size in shapes.items()}
 
     def _mixture(self, place: str) -> dict[str, Tensor]:
-        c, bias = self._c, "e_score_correction_bias"
+        c = self._c
+        bias = self._wide(f"{place}gate.e_score_correction_bias", c.n_experts)
         found = {
             "mlp.router.weight": self._wide(f"{place}gate.weight", c.n_experts, c.dim),
-            f"mlp.router.{bias}": self._wide(f"{place}gate.{bias}", c.n_experts),
+            "mlp.router.e_score_correction_bias": bias.repeat(c.n_loops, 1) if c.router_bias_per_loop else bias,
             **self._experts(f"{place}experts."),
         }
         width = c.n_shared_experts * c.expert_dim

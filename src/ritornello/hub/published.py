@@ -31,9 +31,10 @@ def dequantize(
     weight: (N, K) float8_e4m3fn. scales: (⌈N / block[0]⌉, ⌈K / block[1]⌉). Multiplied in float32, rounded once, as
     DeepSeek's own code; dtype torch.float64: exact.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    spread = scales.to(wide).repeat_interleave(block[0], 0)[: weight.shape[0]]
-    return (weight.to(wide) * spread.repeat_interleave(block[1], 1)[:, : weight.shape[1]]).to(dtype)
+    wide, found = torch.promote_types(dtype, torch.float32), torch.empty(weight.shape, dtype=dtype)
+    for rows, out, scale in zip(weight.split(block[0]), found.split(block[0]), scales.to(wide), strict=True):
+        out.copy_(rows.to(wide) * scale.repeat_interleave(block[1])[: weight.shape[1]])
+    return found
 
 
 class Published:
