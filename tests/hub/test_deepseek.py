@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausa
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 
 from ritornello.hub.deepseek import recurrent_block
-from ritornello.hub.published import dequantize
+from ritornello.hub.shards import dequantize
 from tests.model.builders import close, differ
 from tests.model.test_parity import Float64Torch, causal_mask, compare, draw, through
 from tests.model.test_parity import T as LENGTH

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ritornello import recipes
 from ritornello.config import ModelConfig, require, require_choice
 from ritornello.hub.pairs import halves
-from ritornello.hub.published import Published
+from ritornello.hub.shards import Published
 from ritornello.model.lora import Linear
 from ritornello.model.rdt import RecurrentDepthTransformer
 
