@@ -12,8 +12,10 @@ from transformers import modeling_rope_utils
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 
-from ritornello.hub.deepseek import recurrent_block
+from ritornello.hub.deepseek import config_from, recurrent_block
 from ritornello.hub.shards import dequantize
+from ritornello.model.cache import Cache
+from ritornello.model.rdt import RecurrentDepthTransformer
 from tests.model.builders import close, differ
 from tests.model.test_parity import Float64Torch, causal_mask, compare, draw, through
 from tests.model.test_parity import T as LENGTH
@@ -127,6 +129,9 @@ def test_a_whole_model(exact: None, tmp_path: Path, setting: str) -> None:
     differ(model(ids).logits, expected, 1e-2)
     model.input_norm = nn.Identity()
     close(model(ids).logits, expected, 1e-10)
+    cache = Cache(model.config, batch_size=B, max_len=20, dtype=torch.float64)
+    parts = [model(piece, cache=cache).logits for piece in (ids[:, :17], *ids[:, 17:].split(1, 1))]
+    close(torch.cat(parts, 1), expected, 1e-10)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -165,6 +170,32 @@ def test_as_it_is_stored(tmp_path: Path) -> None:
     assert apart.logits is not None and apart.logits.isfinite().all()
     own = set(model.state_dict()) - set(made.state)
     assert "injection.A_log" in own and not any("experts" in name for name in own)
+
+
+PUBLISHED = {  # what the two families' config.json say, and billions of parameters, published as 671 and 1,000
+    "DeepSeek-V3": ({"topk_method": "noaux_tc", "moe_layer_freq": 1, "rope_theta": 10000}, 671.03),
+    "Kimi-K2": (
+        {"model_type": "kimi_k2", "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64}
+        | {"n_routed_experts": 384, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "rope_theta": 50000.0}
+        | {"routed_scaling_factor": 2.827},
+        1026.4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_family_is_as_large(name: str) -> None:
+    """Every layer, on the meta device."""
+    changes, billions = PUBLISHED[name]
+    scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+    theirs = DeepseekV3Config().to_dict() | {"rope_parameters": None, "max_position_embeddings": 163840}
+    theirs |= {"rope_scaling": scaling | {"mscale": 1.0, "mscale_all_dim": 1.0}, "scoring_func": "sigmoid"} | changes
+    dense, n = theirs["first_k_dense_replace"], theirs["num_hidden_layers"]
+    whole = config_from(theirs, range(dense, n), **(WHOLE | {"prelude": range(dense)}))
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(whole)
+    assert sum(x.numel() for x in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-4)
+    assert whole.yarn == (40.0, 4096, 32.0, 1.0) and whole.router_scale == theirs["routed_scaling_factor"]
 
 
 BLOCKED = {"hidden_size": 160, "intermediate_size": 200, "moe_intermediate_size": 136, "q_lora_rank": 130}
@@ -264,7 +295,12 @@ def test_without_an_index(tmp_path: Path) -> None:
         ),
         ({"n_routed_experts": 13}, r"safetensors: 'model.layers.1.mlp.gate.e_score_correction_bias': shape"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 5.0}}, r"rope_scaling type = 'linear'"),
-        ({"rope_parameters": YARN | {"mscale": 0.7}}, r"rope_scaling mscale = 0.7: must be mscale_all_dim"),
+        ({"rope_parameters": YARN | {"mscale": 0.7}}, r"rope_scaling mscale = 0.7: must be mscale_all_dim \(1.0\)"),
+        ({"rope_parameters": YARN | {"mscale_all_dim": "1"}}, r"mscale_all_dim = '1': must be a finite number"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, r"yarn_factor = 0.5: must be a finite number in \[1, "),
+        ({"rope_parameters": YARN | {"beta_fast": 0.5}}, r"yarn_fast = 0.5: must be a finite number in \[1, "),
+        ({"rope_interleave": "no"}, r"rope_interleave = 'no'"),
+        ({"first_k_dense_replace": "1"}, r"first_k_dense_replace = '1': must be an integer"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, r"quant_method = 'compressed-tensors'"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"weight_block_size = None: must be two integers"),
         ({"num_hidden_layers": 1}, r"layers = \[1\]: must be numbers in \[0, 0\]"),

@@ -8,7 +8,7 @@ that projection of queries, which is rounded again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ritornello import recipes
-from ritornello.config import ModelConfig, require, require_choice
+from ritornello.config import ModelConfig, require, require_choice, require_float, require_int
 from ritornello.hub.pairs import halves
 from ritornello.hub.shards import Published
 from ritornello.model.lora import Linear
@@ -50,6 +50,7 @@ ONLY = {  # what their configurations could say otherwise, and ours cannot; abse
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
+    "rope_interleave": (True, False),  # absent from the published files, whose code has it
 }
 
 
@@ -106,7 +107,7 @@ def recurrent_block(
     """
     source = Published(folder)
     try:
-        config = _config(source.config, list(layers), list(prelude), list(coda), ends, shape)
+        config = config_from(source.config, layers, prelude=prelude, coda=coda, ends=ends, **shape)
     except ValueError as error:
         raise ValueError(f"{source.folder / 'config.json'}: {error}") from None
     take = _Layers(source, config, dtype)
@@ -117,10 +118,16 @@ def recurrent_block(
     return Converted(config, state | (take.ends() if ends else {}))
 
 
-def _config(
-    theirs: dict[str, Any], layers: list[int], prelude: list[int], coda: list[int], ends: bool, shape: dict[str, Any]
+def config_from(
+    theirs: Mapping[str, Any],
+    layers: Sequence[int],
+    *,
+    prelude: Sequence[int] = (),
+    coda: Sequence[int] = (),
+    ends: bool = False,
+    **shape: Any,
 ) -> ModelConfig:
-    """Theirs as ours; `ValueError` where ours has no word for it."""
+    """The shape of what `recurrent_block` makes out of a config.json; `ValueError` where ours has no word for it."""
     require_choice("model_type", theirs.get("model_type"), FAMILIES)
     for name, allowed in ONLY.items():
         require_choice(name, theirs.get(name, allowed[0]), allowed)
@@ -131,7 +138,7 @@ def _config(
     given |= {"ffn": _kind(theirs, layers), "n_recurrent_layers": len(layers), **_rotary(theirs)}
     for field, numbers in {"n_prelude_layers": prelude, "n_coda_layers": coda}.items():
         given |= {field: len(numbers)} if numbers else {}
-        require(not numbers or _kind(theirs, numbers) == "dense", field[2:], numbers, "layers without experts")
+        require(not numbers or _kind(theirs, numbers) == "dense", field[2:], list(numbers), "layers without experts")
     open_ = {"n_prelude_layers": 0, "n_coda_layers": 0, "lora_rank": 0, "loop_embedding": False}
     open_ |= {"max_seq_len": _value(theirs, "max_position_embeddings")}
     tables = {field: _value(theirs, name) for field, name in ENDS.items()}
@@ -142,17 +149,19 @@ def _config(
     return recipes.validated(ModelConfig, {**open_, **shape, **given})
 
 
-def _kind(theirs: dict[str, Any], numbers: list[int]) -> str:
+def _kind(theirs: Mapping[str, Any], numbers: Sequence[int]) -> str:
     """moe or dense: what all of these layers are."""
     n_layers, n_dense = (_value(theirs, name) for name in ("num_hidden_layers", "first_k_dense_replace"))
+    require_int("num_hidden_layers", n_layers, 1)
+    require_int("first_k_dense_replace", n_dense, 0)
     inside = all(type(i) is int and 0 <= i < n_layers for i in numbers)
-    require(bool(numbers) and inside, "layers", numbers, f"numbers in [0, {n_layers - 1}], at least one")
+    require(bool(numbers) and inside, "layers", list(numbers), f"numbers in [0, {n_layers - 1}], at least one")
     kinds = {"dense" if i < n_dense else "moe" for i in numbers}
-    require(len(kinds) == 1, "layers", numbers, f"all below {n_dense}, which are dense, or none")
+    require(len(kinds) == 1, "layers", list(numbers), f"all below {n_dense}, which are dense, or none")
     return kinds.pop()
 
 
-def _rotary(theirs: dict[str, Any]) -> dict[str, Any]:
+def _rotary(theirs: Mapping[str, Any]) -> dict[str, Any]:
     said = _scaling(theirs)
     theta = theirs["rope_theta"] if "rope_theta" in theirs else _value(said, "rope_theta")
     if _rope_type(said) == "default":
@@ -160,14 +169,15 @@ def _rotary(theirs: dict[str, Any]) -> dict[str, Any]:
     names = {"yarn_factor": "factor", "yarn_length": "original_max_position_embeddings"}
     found = {field: _value(said, name) for field, name in names.items()}
     found |= {"yarn_fast": said.get("beta_fast") or 32, "yarn_slow": said.get("beta_slow") or 1}
-    same = said.get("mscale_all_dim") and said.get("mscale") == said["mscale_all_dim"]
-    require(bool(same), "rope_scaling mscale", said.get("mscale"), "mscale_all_dim, and not 0")
+    require_float("rope_scaling mscale_all_dim", said.get("mscale_all_dim"), 0, open_low=True)
+    same = said.get("mscale") == said["mscale_all_dim"]
+    require(same, "rope_scaling mscale", said.get("mscale"), f"mscale_all_dim ({said['mscale_all_dim']})")
     for name, usual in {"attention_factor": None, "truncate": True}.items():
         require(said.get(name, usual) == usual, f"rope_scaling {name}", said.get(name), "absent")
     return {"rope_theta": theta, **found}
 
 
-def _scaling(theirs: dict[str, Any]) -> dict[str, Any]:
+def _scaling(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """As transformers 5 calls it, or as those before it and the published files do."""
     said: Any = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     require(isinstance(said, dict), "rope_scaling", said, "an object")
@@ -180,7 +190,7 @@ def _rope_type(said: dict[str, Any]) -> str:
     return kind
 
 
-def _temperature(theirs: dict[str, Any]) -> float:
+def _temperature(theirs: Mapping[str, Any]) -> float:
     """What YaRN multiplies the scores of attention by, as DeepSeek has it: (0.1 · mscale · ln factor + 1)²."""
     said = _scaling(theirs)
     if _rope_type(said) == "default" or said["factor"] <= 1:
@@ -188,7 +198,7 @@ def _temperature(theirs: dict[str, Any]) -> float:
     return (0.1 * said["mscale_all_dim"] * math.log(said["factor"]) + 1) ** 2
 
 
-def _value(body: dict[str, Any], name: str) -> Any:
+def _value(body: Mapping[str, Any], name: str) -> Any:
     require(name in body, name, "nothing", "given")
     return body[name]
 
@@ -198,7 +208,7 @@ class _Layers:
 
     def __init__(self, source: Published, config: ModelConfig, dtype: torch.dtype | None) -> None:
         self._source, self._c, self._dtype = source, config, dtype
-        self._pairs = source.config.get("rope_interleave", True)  # absent from the published files, whose code has it
+        self._pairs = source.config.get("rope_interleave", True)
         self._temperature = _temperature(source.config)
 
     def layer(self, number: int) -> dict[str, Tensor]:
