@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 Attention = Literal["gqa", "mla"]
 Positions = Literal["rope", "none"]
@@ -89,6 +89,15 @@ MAX_SIZE, MAX_LAYERS = 2**20, 1024  # what a file may ask for: no product of thr
 MAX_LOOPS = 4096  # a bound on what one request may cost, not on the model: the state stays bounded for any number
 
 
+class Yarn(NamedTuple):
+    """See `ops.attention.slowed`."""
+
+    factor: float
+    length: int
+    fast: float
+    slow: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of one recurrent-depth transformer. `n_recurrent_layers = 0` is a plain transformer.
@@ -110,6 +119,10 @@ class ModelConfig:
     attention: Attention = "gqa"
     positions: Positions = "rope"
     rope_theta: float = 10_000.0
+    yarn_factor: float = 1.0  # YaRN (2309.00071): how much longer than in training texts may be; 1: none
+    yarn_length: int = 4096  # positions of that training
+    yarn_fast: float = 32.0  # turns in `yarn_length` positions, from which a channel keeps its speed
+    yarn_slow: float = 1.0  # and below which it is slowed down by the whole factor
     n_heads: int = 4
     n_kv_heads: int = 2
     head_dim: int = 32
@@ -197,6 +210,10 @@ class ModelConfig:
             rope_dim, name = self.qk_rope_head_dim, "qk_rope_head_dim"
             require_int(name, rope_dim, 2, MAX_SIZE)
         require(self.positions == "none" or rope_dim % 2 == 0, name, rope_dim, "even with rotary positions")
+        require_float("yarn_factor", self.yarn_factor, 1)
+        require_int("yarn_length", self.yarn_length, 1, MAX_SIZE)
+        require_float("yarn_slow", self.yarn_slow, 0, open_low=True)
+        require_float("yarn_fast", self.yarn_fast, self.yarn_slow)
 
     def _check_experts(self) -> None:
         if self.ffn != "moe":
@@ -271,6 +288,12 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def yarn(self) -> Yarn | None:
+        if self.yarn_factor == 1:
+            return None
+        return Yarn(self.yarn_factor, self.yarn_length, self.yarn_fast, self.yarn_slow)
 
     @property
     def needs_probe(self) -> bool:

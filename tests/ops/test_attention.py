@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ritornello.config import Yarn
 from ritornello.ops import attention as ops
 from ritornello.ops.attention import attention, attention_ref, rotary_tables, rotate
 from tests.model.builders import close, differ
@@ -116,3 +117,13 @@ def test_one_query_with_shared_heads_and_any_mask(shape: tuple[int, ...] | None)
     )
     close(attention(q, k, v, mask=mask, scale=0.4), attention_ref(q, k, v, mask=mask, scale=0.4))
     differ(attention(q.roll(1, 1), k, v, mask=mask, scale=0.4), attention_ref(q, k, v, mask=mask, scale=0.4))
+
+
+def test_yarn_slows_the_slow_channels_alone() -> None:
+    """One turn in 100 positions and less: by the factor; 10 and more: not at all; between: between."""
+    one = torch.ones(1, 1, dtype=torch.int64)
+    how = {"dim": 64, "theta": 1e4, "dtype": torch.float64}
+    plain, slowed = (rotary_tables(one, **how, yarn=x)[1][0, 0, :32].asin() for x in (None, Yarn(4.0, 100, 10.0, 1.0)))
+    ratio, turns = plain / slowed, 100 * 1e4 ** (-torch.arange(32.0) / 32) / (2 * torch.pi)
+    assert torch.allclose(ratio[turns < 0.7], torch.tensor(4.0).double())
+    assert (ratio[turns > 14] == 1).all() and ratio.diff().min() >= -1e-9 and 1.1 < ratio[8] < 3.9

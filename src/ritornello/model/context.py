@@ -112,5 +112,5 @@ def build_context(
     rope = None
     if config.positions == "rope":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rope = rotary_tables(positions, dim=config.rope_dim, theta=config.rope_theta, dtype=dtype)
+        rope = rotary_tables(positions, dim=config.rope_dim, theta=config.rope_theta, dtype=dtype, yarn=config.yarn)
     return Context(positions, documents, mask, rope, key, capture)

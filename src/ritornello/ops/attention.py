@@ -1,10 +1,13 @@
 """Scaled dot-product attention with grouped key-value heads."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ritornello.config import Yarn
 
 BLOCK = 256  # queries that share a span of keys, where a mask hides some
 
@@ -61,13 +64,34 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
     return torch.cat(parts, -2)
 
 
-def rotary_tables(positions: Tensor, *, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, *, dim: int, theta: float, dtype: torch.dtype, yarn: Yarn | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, T, dim) of RoFormer (2104.09864), halves layout as in Llama; computed in >= float32."""
     precise = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=precise) / dim
-    angles = positions[..., None].to(precise) * theta**-exponents
+    speeds = theta**-exponents
+    speeds = speeds if yarn is None else slowed(speeds, theta, yarn)
+    angles = positions[..., None].to(precise) * speeds
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def slowed(speeds: Tensor, theta: float, yarn: Yarn) -> Tensor:
+    """speeds (dim / 2,) of rotary channels, for texts longer than those of the training (YaRN 2309.00071, §3.2).
+
+    Channels that turn less than `yarn.slow` times in `yarn.length` positions become `yarn.factor` times as slow, those
+    that turn more than `yarn.fast` times stay, with a ramp between. Its temperature of attention is not here: what
+    converts a model scales the queries.
+    """
+    n = len(speeds)
+    low, high = (
+        n * math.log(yarn.length / (turns * 2 * math.pi)) / math.log(theta) for turns in (yarn.fast, yarn.slow)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * n - 1)
+    places = torch.arange(n, device=speeds.device, dtype=speeds.dtype)
+    ramp = ((places - low) / (high - low if high != low else 1e-3)).clamp(0, 1)
+    return speeds / yarn.factor * ramp + speeds * (1 - ramp)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
