@@ -129,7 +129,7 @@ class Writing:
             for piece in pieces if self.form.per_token else joined(pieces):
                 logprobs = None if self.form.is_chat else self.choices[piece.place].scored_piece(piece)
                 yield self.form.chunk(head, [self.form.piece(piece, logprobs)])
-            if not self.form.per_token:
+            if not self.form.per_token and not all(choice.reason for choice in self.choices):
                 await asyncio.sleep(max(chunk_seconds, CHUNK * self.worker.n_texts))
         if with_usage:
             yield self.form.chunk(head, [], self.usage())
