@@ -49,9 +49,13 @@ class Connection:
         return Answer(status, headers, b"".join(parts))
 
     async def head(self) -> tuple[int, dict[str, str]]:
+        """Status and headers; what says that more comes (100) is passed over."""
         first, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
         pairs = (line.partition(":") for line in lines)
-        return int(first.split()[1]), {name.lower(): value.strip() for name, _, value in pairs}
+        status = int(first.split()[1])
+        return (
+            await self.head() if status == 100 else (status, {name.lower(): value.strip() for name, _, value in pairs})
+        )
 
     async def parts(self, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
         """The body as it comes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import client
 from benchmarks.torture.serve import control
-from benchmarks.torture.serve.server import OURS, RUN, Server, error_problem, free_port, server, shown
+from benchmarks.torture.serve.server import OURS, PATIENCE, RUN, Server, error_problem, free_port, server, shown
 from benchmarks.torture.subject import Row, row
 
 KEY = "Rt-7f3A9c2E5b8D1a4C6e0B"
@@ -104,7 +104,7 @@ def refusal(*options: str, run: str = RUN, port: int | None = None) -> str | Non
     """What is wrong with how it refuses to start: in one line, with exit code 2."""
     command = [*OURS, run, "--port", str(port or free_port()), *options]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return "it runs"
     lines = ended.stderr.strip().splitlines()

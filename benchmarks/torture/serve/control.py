@@ -86,7 +86,8 @@ class Control:
     def page(self, path: str) -> Any:
         if path == "/metrics":
             states = (f"ritornello_requests_{state} {n}\n" for state, n in (("running", self.running), ("waiting", 0)))
-            return ("".join(states) + 'ritornello_kv_bytes{state="used"} 0\n').encode()
+            held = (f'ritornello_kv_bytes{{state="{state}"}} 0\n' for state in ("used", "idle"))
+            return "".join((*states, *held)).encode()
         if path == "/v1/models":
             return {"object": "list", "data": [{"id": "python", "object": "model"}]}
         return {"paths": {"/v1/models": {"get": {}}, "/health": {"get": {}}}}

@@ -23,7 +23,7 @@ from typing import Any, Self
 from benchmarks.client import HOST, Answer, once
 
 OURS = (sys.executable, "-m", "ritornello.cli", "serve")
-PATIENCE = 60.0  # seconds for it to start, or to end
+PATIENCE = 180.0  # seconds for it to start, or to end
 RUN = "python"
 
 
@@ -66,10 +66,11 @@ class Server:
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")}
 
     def busy(self) -> tuple[int, int, int]:
-        """Requests running and waiting, bytes of keys and values in use."""
+        """Texts running and waiting, bytes of keys and values that are held for them."""
         found = self.metrics()
         running, waiting = (sum_of(found, f"ritornello_requests_{state}") for state in ("running", "waiting"))
-        return int(running), int(waiting), int(sum_of(found, "ritornello_kv_bytes", 'state="used"'))
+        used, idle = (sum_of(found, "ritornello_kv_bytes", f'state="{state}"') for state in ("used", "idle"))
+        return int(running), int(waiting), int(used - idle)
 
     def idle(self, seconds: float) -> float | None:
         """How long until nothing runs or waits and no keys and values are in use; None: longer than that."""
@@ -129,7 +130,7 @@ def wait_ready(found: Server) -> None:
         if is_ready(found.port):
             return
         time.sleep(0.05)
-    raise RuntimeError(f"not ready: {found.said()[-2000:]}")
+    raise RuntimeError(f"not ready, exit code {found.process.poll()}: {found.said()[-2000:]}")
 
 
 def is_ready(port: int) -> bool | None:

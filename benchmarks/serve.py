@@ -1,0 +1,243 @@
+"""What HTTP costs: the same requests through the server, asked by another process, and in the engine alone; how soon
+texts begin under load; and whether memory stays where it is."""
+
+import inspect
+import json.decoder
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.asking import Job, Told
+from benchmarks.engine import Served
+from benchmarks.timing import limited, seconds
+from benchmarks.torture.serve.server import Server, percentile, server
+from ritornello.engine.engine import Engine
+from ritornello.engine.generate import Loaded, load, requests_of
+from ritornello.engine.request import Request
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.recipes import find_model
+from ritornello.train import checkpoint
+
+N_REQUESTS = 64
+AT_ONCE = 1, 16, 64
+SHARES = 0.25, 0.5, 0.75, 0.9  # of the most requests a second
+WIDE: dict[str, Any] = {"dim": 512, "head_dim": 128, "ffn": "dense", "ffn_dim": 3072}  # beside the text model
+LOADED_SECONDS, SETTLED = 600, 60
+WANTED = 0.9
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model behind HTTP and in this process, and the same requests to either."""
+
+    name: str
+    loaded: Loaded
+    engine: Engine
+    found: Server
+    clients: "Clients"
+    bodies: list[dict[str, Any]]
+    requests: list[Request]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        attention = self.loaded.model.config.attention
+        return {"bench": "serve", "shape": self.name, "attention": attention, "dtype": "fp32"}
+
+    def through_http(self, at_most: int, *, stream: bool, arrivals: Sequence[float] = ()) -> Told:
+        bodies = [body | {"stream": stream} for body in self.bodies]
+        return self.clients.do(Job(bodies=bodies, at_most=at_most, arrivals=arrivals))
+
+    def alone(self, at_most: int, *, arrivals: Sequence[float] = ()) -> Served:
+        return direct(self.engine, self.requests, at_most, arrivals)
+
+
+@dataclass(frozen=True)
+class Clients:
+    process: subprocess.Popen[str]
+
+    def do(self, job: Job) -> Told:
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(asdict(job)), file=self.process.stdin, flush=True)
+        return Told(**json.loads(self.process.stdout.readline()))
+
+
+@contextmanager
+def clients(port: int) -> Iterator[Clients]:
+    command = [sys.executable, "-m", "benchmarks.asking", str(port)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Clients(process)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def given(name: str, **how: Any) -> Iterator[Given]:
+    """how: settings of the requests, as HTTP and `requests_of` both name them."""
+    from ritornello.serve.settings import settings_for
+    from ritornello.serve.worker import engine_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = str(find_model("python")) if name.startswith("python") else wide(Path(folder))
+        loaded = load(run, device="cpu")
+        n_loops = settings_for(loaded.model.config, "model").max_loops
+        engine = engine_of(loaded, n_loops=n_loops, memory_mb=None, exact=False)
+        prompts = drawn(loaded)
+        bodies = [{"model": "model", "prompt": ids, "max_tokens": n, "temperature": 0, **how} for ids, n in prompts]
+        rule: dict[str, Any] = {}
+        if "exit" in how:
+            from ritornello.config import exit_by
+
+            rule["exit"] = exit_by(how["exit"], how.get("exit_threshold"), 1)
+        asked = [requests_of(loaded, [ids], max_tokens=n, temperature=0, **rule)[0] for ids, n in prompts]
+        with server("--name", "model", run=run) as found, clients(found.port) as process:
+            yield Given(name, loaded, engine, found, process, bodies, asked)
+
+
+def drawn(loaded: Loaded) -> list[tuple[list[int], int]]:
+    """Prompts of 8 to 128 tokens out of a text, continued by 4 to 48, as in `engine`."""
+    text, rng, found = loaded.tokenizer.encode(inspect.getsource(json.decoder)), random.Random(SEED), []
+    for _ in range(N_REQUESTS):
+        start, length = rng.randrange(len(text) - 128), rng.randint(8, 128)
+        found.append((text[start : start + length], rng.randint(4, 48)))
+    return found
+
+
+def wide(folder: Path) -> str:
+    """The text model with wider layers, not trained."""
+    saved = checkpoint.load(find_model("python"))
+    recipe = replace(saved.recipe, model=replace(saved.recipe.model, **WIDE))
+    model = RecurrentDepthTransformer(recipe.model, seed=SEED)
+    path = checkpoint.save(
+        folder,
+        step=1,
+        model_state=model.state_dict(),
+        recipe=recipe,
+        tokenizer_json=saved.tokenizer_json,
+        optimizer_state={},
+        trainer_state={"step": 1},
+        fingerprint=saved.manifest.fingerprint,
+    )
+    return str(path)
+
+
+def direct(engine: Engine, asked: Sequence[Request], at_most: int, arrivals: Sequence[float] = ()) -> Served:
+    """In the engine alone: as many at once, at the same times."""
+    engine.prefixes.clear()
+    n, begun, come, numbers, found = len(asked), time.perf_counter(), 0, {}, Served.of(len(asked))
+    came = list(arrivals) or [0.0] * n
+    while come < n or engine.busy:
+        now = time.perf_counter() - begun
+        while come < n and len(numbers) < at_most and came[come] <= now:
+            came[come] = came[come] if arrivals else now
+            numbers[engine.submit(asked[come])] = come
+            come += 1
+        if not engine.busy:
+            time.sleep(max(0.0, came[come] - (time.perf_counter() - begun)))
+        for event in engine.step():
+            at = time.perf_counter() - begun
+            i = numbers[event.number]
+            if event.token is not None:
+                found.add(i, event.token, at - came[i])
+            if event.reason:
+                del numbers[event.number]
+    return found
+
+
+def rows(*, n: int) -> Iterator[dict[str, Any]]:
+    for name, how in (("python", {}), ("python, leaving early", {"exit": "hazard"}), ("text-wide", {})):
+        with given(name, **how) as what:
+            yield from throughput(what, n=n)
+            yield from latencies(what, n=n)
+            if name == "python":
+                yield from memory(what)
+
+
+def throughput(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
+    for at_most in AT_ONCE:
+        for stream in (False, True):
+            turns, shares, same = [], [], []
+            for turn in range(n + 1):
+                sides = {True: partial(what.through_http, at_most, stream=stream), False: partial(what.alone, at_most)}
+                order = (True, False) if turn % 2 else (False, True)
+                found: dict[bool, Any] = {}
+                taken: dict[bool, float] = {}
+                for side in order:
+                    taken[side] = seconds(lambda side=side: found.__setitem__(side, sides[side]()))
+                told: Told = found[True]
+                if turn:  # the first one warms both
+                    turns.append((told.seconds, taken[False]))
+                    shares.append(told.worked / told.seconds)
+                    same += [
+                        text == what.loaded.tokenizer.decode([token for token in tokens])
+                        for text, tokens in zip(told.texts, found[False].tokens, strict=True)
+                    ]
+            assert statistics.mean(same) > 0.8, f"only {statistics.mean(same):.0%} of the texts are the same"
+            ratios = sorted(alone / http for http, alone in turns)
+            tokens = sum(map(len, found[False].tokens))
+            metric = f"seconds for {len(what.bodies)} texts, {tokens} tokens, {at_most} at once"
+            yield what.common | {
+                "metric": metric + (", streamed" if stream else ""),
+                "ours": statistics.median(http for http, _ in turns),
+                "peer": statistics.median(alone for _, alone in turns),
+                "peer_name": f"the engine alone; the clients take {statistics.median(shares):.0%} of a core",
+                "ratio": statistics.median(ratios),
+                "ratio_low": ratios[0],
+                "ratio_high": ratios[-1],
+                "ceiling": WANTED,
+                "utilisation": None,
+                "n": n,
+            }
+
+
+def latencies(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
+    """An open loop: requests come at random, streamed."""
+    most = N_REQUESTS / min(what.through_http(AT_ONCE[-1], stream=True).seconds for _ in range(3))
+    for share in SHARES:
+        sides: list[tuple[list[float], list[float]]] = []
+        for turn in range(n):
+            rng, at, arrivals = random.Random(turn), 0.0, []
+            for _ in what.bodies:
+                arrivals.append(at := at + rng.expovariate(share * most))
+            http = what.through_http(N_REQUESTS, stream=True, arrivals=arrivals).first
+            sides.append((http, what.alone(N_REQUESTS, arrivals=arrivals).first))
+        for q in (50, 99):
+            found = [tuple(percentile(side, q) for side in turn) for turn in sides]
+            ratios = sorted(alone / http for http, alone in found)
+            yield what.common | {
+                "metric": f"seconds to the first token, p{q}, {share:.0%} of {most:.1f} requests a second",
+                "ours": statistics.median(http for http, _ in found),
+                "peer": statistics.median(alone for _, alone in found),
+                "peer_name": "the engine alone",
+                "ratio": statistics.median(ratios),
+                "ratio_low": ratios[0],
+                "ratio_high": ratios[-1],
+                "ceiling": None,
+                "utilisation": None,
+                "n": n,
+            }
+
+
+def memory(what: Given) -> Iterator[dict[str, Any]]:
+    """Load for ten minutes; what the process holds, once a second."""
+    begun, found, n = time.monotonic(), [], 0
+    while (at := time.monotonic() - begun) < LOADED_SECONDS:
+        what.through_http(16, stream=n % 2 == 0)
+        n += N_REQUESTS
+        found.append((at, what.found.resident()))
+    settled = [(at, size) for at, size in found if at > SETTLED]
+    slope = statistics.linear_regression(*zip(*settled, strict=True)).slope * 3600
+    sizes = [size for _, size in settled]
+    metric = f"MiB resident at most, after a minute of {LOADED_SECONDS / 60:.0f} of load, {n} requests"
+    row = limited(metric, max(sizes), min(sizes), name=f"at least; {slope:+.1f} MiB an hour", n=len(sizes))
+    yield what.common | {**row, "ratio_low": None, "ratio_high": None}
