@@ -1,4 +1,4 @@
-"""python -m benchmarks.asking PORT: clients in a process of their own. Jobs come as lines of JSON, and so do answers."""
+"""python -m benchmarks.asking PORT: clients in a process of their own. Jobs and answers are lines of JSON."""
 
 import asyncio
 import json

@@ -12,13 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.asking import Job, Told
-from benchmarks.engine import Served
-from benchmarks.timing import limited, seconds
+from benchmarks.timing import limited
 from benchmarks.torture.serve.server import Server, percentile, server
 from ritornello.engine.engine import Engine
 from ritornello.engine.generate import Loaded, load, requests_of
@@ -53,12 +52,37 @@ class Given:
         attention = self.loaded.model.config.attention
         return {"bench": "serve", "shape": self.name, "attention": attention, "dtype": "fp32"}
 
+    def row(
+        self, metric: str, turns: Sequence[tuple[float, float]], peer: str, ceiling: float | None = None
+    ) -> dict[str, Any]:
+        """Of what the server and the engine alone took in each turn."""
+        ratios = sorted(alone / http for http, alone in turns)
+        http, alone = (statistics.median(side) for side in zip(*turns, strict=True))
+        spread = {
+            "ratio_low": ratios[0],
+            "ratio_high": ratios[-1],
+            "ceiling": ceiling,
+            "utilisation": None,
+            "n": len(turns),
+        }
+        found = {"metric": metric, "ours": http, "peer": alone, "peer_name": peer, "ratio": statistics.median(ratios)}
+        return self.common | found | spread
+
     def through_http(self, at_most: int, *, stream: bool, arrivals: Sequence[float] = ()) -> Told:
         bodies = [body | {"stream": stream} for body in self.bodies]
         return self.clients.do(Job(bodies=bodies, at_most=at_most, arrivals=arrivals))
 
-    def alone(self, at_most: int, *, arrivals: Sequence[float] = ()) -> Served:
+    def alone(self, at_most: int, *, arrivals: Sequence[float] = ()) -> "Alone":
         return direct(self.engine, self.requests, at_most, arrivals)
+
+
+@dataclass
+class Alone:
+    """Of each request, seconds from when it came to its first token, and its tokens; seconds of all."""
+
+    first: list[float]
+    tokens: list[list[int]]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,10 +155,16 @@ def wide(folder: Path) -> str:
     return str(path)
 
 
-def direct(engine: Engine, asked: Sequence[Request], at_most: int, arrivals: Sequence[float] = ()) -> Served:
+def direct(engine: Engine, asked: Sequence[Request], at_most: int, arrivals: Sequence[float] = ()) -> Alone:
     """In the engine alone: as many at once, at the same times."""
     engine.prefixes.clear()
-    n, begun, come, numbers, found = len(asked), time.perf_counter(), 0, {}, Served.of(len(asked))
+    n, begun, come, numbers, found = (
+        len(asked),
+        time.perf_counter(),
+        0,
+        {},
+        Alone([0.0] * len(asked), [[] for _ in asked]),
+    )
     came = list(arrivals) or [0.0] * n
     while come < n or engine.busy:
         now = time.perf_counter() - begun
@@ -147,10 +177,12 @@ def direct(engine: Engine, asked: Sequence[Request], at_most: int, arrivals: Seq
         for event in engine.step():
             at = time.perf_counter() - begun
             i = numbers[event.number]
-            if event.token is not None:
-                found.add(i, event.token, at - came[i])
+            if event.token is not None and event.reason != "stop":
+                found.first[i] = found.first[i] or at - came[i]
+                found.tokens[i].append(event.token)
             if event.reason:
                 del numbers[event.number]
+    found.seconds = time.perf_counter() - begun
     return found
 
 
@@ -164,40 +196,34 @@ def rows(*, n: int) -> Iterator[dict[str, Any]]:
 
 
 def throughput(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
-    for at_most in AT_ONCE:
-        for stream in (False, True):
-            turns, shares, same = [], [], []
-            for turn in range(n + 1):
-                sides = {True: partial(what.through_http, at_most, stream=stream), False: partial(what.alone, at_most)}
-                order = (True, False) if turn % 2 else (False, True)
-                found: dict[bool, Any] = {}
-                taken: dict[bool, float] = {}
-                for side in order:
-                    taken[side] = seconds(lambda side=side: found.__setitem__(side, sides[side]()))
-                told: Told = found[True]
-                if turn:  # the first one warms both
-                    turns.append((told.seconds, taken[False]))
-                    shares.append(told.worked / told.seconds)
-                    same += [
-                        text == what.loaded.tokenizer.decode([token for token in tokens])
-                        for text, tokens in zip(told.texts, found[False].tokens, strict=True)
-                    ]
-            assert statistics.mean(same) > 0.8, f"only {statistics.mean(same):.0%} of the texts are the same"
-            ratios = sorted(alone / http for http, alone in turns)
-            tokens = sum(map(len, found[False].tokens))
-            metric = f"seconds for {len(what.bodies)} texts, {tokens} tokens, {at_most} at once"
-            yield what.common | {
-                "metric": metric + (", streamed" if stream else ""),
-                "ours": statistics.median(http for http, _ in turns),
-                "peer": statistics.median(alone for _, alone in turns),
-                "peer_name": f"the engine alone; the clients take {statistics.median(shares):.0%} of a core",
-                "ratio": statistics.median(ratios),
-                "ratio_low": ratios[0],
-                "ratio_high": ratios[-1],
-                "ceiling": WANTED,
-                "utilisation": None,
-                "n": n,
-            }
+    for at_most, stream in product(AT_ONCE, (False, True)):
+        turns = [by_turns(what, at_most, stream=stream, first=bool(turn % 2)) for turn in range(n + 1)][1:]
+        same = statistics.mean(is_same(what, *turn) for turn in turns)
+        assert same > 0.8, f"only {same:.0%} of the texts are the same"
+        tokens, share = (
+            sum(map(len, turns[0][1].tokens)),
+            statistics.median(told.worked / told.seconds for told, _ in turns),
+        )
+        yield what.row(
+            f"seconds for {len(what.bodies)} texts, {tokens} tokens, {at_most} at once"
+            + (", streamed" if stream else ""),
+            [(told.seconds, served.seconds) for told, served in turns],
+            f"the engine alone; the clients take {share:.0%} of a core",
+            ceiling=WANTED,
+        )
+
+
+def by_turns(what: Given, at_most: int, *, stream: bool, first: bool) -> tuple[Told, Alone]:
+    """Both sides; first: the server's before the engine's."""
+    told = what.through_http(at_most, stream=stream) if first else None
+    alone = what.alone(at_most)
+    return told or what.through_http(at_most, stream=stream), alone
+
+
+def is_same(what: Given, told: Told, alone: Alone) -> float:
+    """Share of the texts."""
+    texts = [what.loaded.tokenizer.decode(tokens) for tokens in alone.tokens]
+    return statistics.mean(a == b for a, b in zip(told.texts, texts, strict=True))
 
 
 def latencies(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
@@ -212,20 +238,9 @@ def latencies(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
             http = what.through_http(N_REQUESTS, stream=True, arrivals=arrivals).first
             sides.append((http, what.alone(N_REQUESTS, arrivals=arrivals).first))
         for q in (50, 99):
-            found = [tuple(percentile(side, q) for side in turn) for turn in sides]
-            ratios = sorted(alone / http for http, alone in found)
-            yield what.common | {
-                "metric": f"seconds to the first token, p{q}, {share:.0%} of {most:.1f} requests a second",
-                "ours": statistics.median(http for http, _ in found),
-                "peer": statistics.median(alone for _, alone in found),
-                "peer_name": "the engine alone",
-                "ratio": statistics.median(ratios),
-                "ratio_low": ratios[0],
-                "ratio_high": ratios[-1],
-                "ceiling": None,
-                "utilisation": None,
-                "n": n,
-            }
+            metric = f"seconds to the first token, p{q}, {share:.0%} of {most:.1f} requests a second"
+            found = [(percentile(http, q), percentile(alone, q)) for http, alone in sides]
+            yield what.row(metric, found, "the engine alone")
 
 
 def memory(what: Given) -> Iterator[dict[str, Any]]:
