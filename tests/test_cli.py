@@ -139,7 +139,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate run --prompt x --temperature nan", "'nan' is not a finite number"),
         ("generate run --prompt x --temperature 1e400", "'1e400' is not a finite number"),
         ("generate run --prompt x --exit hazrd", "did you mean 'hazard'?"),
-        ("generate run --prompt x --exit kl --exit-threshold -1", "exit threshold = -1.0"),
+        ("generate run --prompt x --exit kl --exit-threshold -1", "--exit-threshold = -1.0"),
         ("generate run --prompt x --exit-threshold 1", "used with --exit"),
         ("generate run --prompt x --min-loops 2", "used with --exit"),
         ("generate run --prompt x --json-schema a.json --regex a", "used without --json-schema"),

@@ -7,13 +7,14 @@ import pytest
 
 LIGHT = (
     "ritornello.config",
+    "ritornello.limits",
     "ritornello.presets",
     "ritornello.recipes",
     "ritornello.progress",
     "ritornello.cli",
     *(f"ritornello.commands.{verb}" for verb in ("demo", "train", "generate", "runs", "lab", "info", "doctor")),
     *(f"ritornello.commands.{verb}" for verb in ("calibrate", "chat", "eval", "exits", "export", "loading", "writing")),
-    "ritornello.commands.plan",
+    *(f"ritornello.commands.{verb}" for verb in ("plan", "serve")),
     *(f"ritornello.planning.{name}" for name in ("memory", "plan", "report")),
 )
 

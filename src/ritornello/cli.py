@@ -30,6 +30,7 @@ VERBS = {
     "train": ("Train", "train a model as a recipe says"),
     "generate": ("Generate", "continue a text with a trained model"),
     "chat": ("Chat", "talk with a model trained on conversations"),
+    "serve": ("Serve", "answer OpenAI's clients, and a page to try it out"),
     "calibrate": ("Calibrate", "find an exit threshold that keeps a stated risk"),
     "eval": ("Eval", "score a model on lm-eval's tasks, at any number of loops"),
     "export": ("Export", "write a model as transformers reads it"),
@@ -181,7 +182,7 @@ def explain(error: Exception, command: str) -> tuple[int, str]:
     if stopped is not None:
         return stopped, str(error) + said
     if is_out_of_memory(error):
-        return 2, OUT_OF_MEMORY_LATER if command in ("Generate", "Chat") else OUT_OF_MEMORY
+        return 2, OUT_OF_MEMORY_LATER if command in ("Generate", "Chat", "Serve") else OUT_OF_MEMORY
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}{said}"
     absent = isinstance(error, ImportError) and not (error.name or "").startswith("ritornello")

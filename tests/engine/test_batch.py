@@ -99,7 +99,7 @@ def test_a_text_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
     loaded = small()
     with torch.no_grad():
         loaded.model.embed_tokens[0].weight[5] = torch.nan
-    rows = [{"prompt": text, "logit_bias": {"5": -1e9}} for text in ("ab", "\5b", "abc")]
+    rows = [{"prompt": text, "logit_bias": {"5": -100}} for text in ("ab", "\5b", "abc")]
     source, target = written(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     assert run_file(loaded, source, target, max_tokens=3) == Counter(length=2, failed=1)
     found = answers(target)
@@ -277,7 +277,7 @@ BAD: dict[bytes, str] = {
     b'{"prompt": "a", "exit_threshold": 1.0}': ":1: exit_threshold = 1.0: must be used with exit",
     b'{"prompt": "a", "min_loops": 2}': ":1: min_loops = 2: must be used with exit",
     b'{"prompt": "a", "exit": "delta", "min_loops": 9}': ":1: min_loops = 9",
-    b'{"prompt": "a", "exit": "delta", "exit_threshold": -1}': ":1: exit threshold = -1",
+    b'{"prompt": "a", "exit": "delta", "exit_threshold": -1}': ":1: exit_threshold = -1",
     b'{"prompt": "a", "temperature": "hot"}': ":1: temperature = 'hot'",
     b'{"prompt": "a", "temperature": NaN}': ":1: not valid JSON: NaN",
     b'{"prompt": "a", "temperature": 1e999}': ":1: temperature = inf",

@@ -428,7 +428,7 @@ def test_the_end_of_a_text() -> None:
     assert [event.reason for event in engine.run()] == ["", "length"]
 
 
-BIASED = Sampling(logit_bias=((5, -1e9),))  # away from what is broken
+BIASED = Sampling(logit_bias=((5, -100.0),))  # away from what is broken
 
 
 def test_logits_that_are_no_numbers_end_one_text() -> None:

@@ -83,13 +83,13 @@ def test_no_limit_is_no_limit() -> None:
     logits = torch.cat((torch.zeros(1, 3), torch.full((1, 4), -17.0)), 1)
     plain = probabilities(logits, Sampling())
     assert (plain > 0).all()
-    for how in (Sampling(top_p=1.0), Sampling(min_p=0.0), Sampling(top_k=7), Sampling(top_k=10**12)):
+    for how in (Sampling(top_p=1.0), Sampling(min_p=0.0), Sampling(top_k=7), Sampling(top_k=2**20)):
         assert torch.equal(probabilities(logits, how), plain)
     assert not torch.equal(probabilities(logits, Sampling(top_p=0.9999)), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-3, 1e30])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-3, 100.0])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_extremes_stay_finite(dtype: torch.dtype, temperature: float, scale: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]]).mul(scale).to(dtype)
@@ -99,7 +99,7 @@ def test_extremes_stay_finite(dtype: torch.dtype, temperature: float, scale: flo
     if temperature < 1:
         assert found[0, 1] == 1, "a temperature near 0 is greedy"
     elif scale == 1:
-        assert torch.allclose(found[0, :3], found.new_tensor(1 / 3))
+        assert torch.allclose(found[0, :3], found.new_tensor(1 / 3), atol=0.01)
 
 
 def chi_square(tokens: Tensor, expected: Tensor) -> float:
@@ -203,7 +203,7 @@ def test_bad_values_are_named(name: str, value: object) -> None:
 
 def test_bounds_are_allowed() -> None:
     Sampling(temperature=0, top_k=1, top_p=1, min_p=0, seed=0)
-    Sampling(temperature=1e30, top_k=10**9, top_p=5e-324, min_p=1, seed=2**63 - 1)
+    Sampling(temperature=100, top_k=2**20, top_p=5e-324, min_p=1, seed=2**63 - 1)
 
 
 def test_penalties_and_biases() -> None:

@@ -10,7 +10,8 @@ from tyro.conf import Positional, arg
 
 from ritornello.commands import INTEGER, REAL, Command, option
 from ritornello.commands.exits import exit_rule, no_exit
-from ritornello.config import MAX_LOOPS, ExitRule, require, require_int
+from ritornello.config import ExitRule, require
+from ritornello.limits import LIMITS, check
 
 CALIBRATED = "calibrated"
 
@@ -47,9 +48,10 @@ class Writing(Command, ABC):
 
     def check_depth(self) -> None:
         """What can be told before the model is read."""
+        for name, value in vars(self).items():
+            if name in LIMITS and value is not None:
+                check(name, value, "--" + name.replace("_", "-"))
         self.exit_rule()
-        if self.loops is not None:
-            require_int("--loops", self.loops, 1, MAX_LOOPS)
         ok = self.draft_tokens is None or self.draft_loops is not None
         require(ok, "--draft-tokens", self.draft_tokens, "used with --draft-loops")
 

@@ -5,7 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from ritornello.config import MAX_LOOPS, require, require_int
+from ritornello import limits
+from ritornello.config import require
 from ritornello.engine.engine import Engine
 from ritornello.engine.generate import OVERFLOWED, Loaded, Wishes, engine_for, requests_of, stop_texts
 from ritornello.engine.request import Request
@@ -65,7 +66,7 @@ class Conversation:
 
     @n_loops.setter
     def n_loops(self, n: int) -> None:
-        require_int("loops", n, 1, MAX_LOOPS)
+        limits.check("loops", n)
         changed = self._wishes | {"n_loops": n}
         self._request([0], changed)
         self._wishes = changed

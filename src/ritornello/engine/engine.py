@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ritornello.config import MAX_LOOPS, require, require_int
+from ritornello.config import require, require_int
 from ritornello.engine.constraints import Grammars
 from ritornello.engine.lanes import Lanes
 from ritornello.engine.pages import NONE, FullError, Layout, Pages, Tables
@@ -24,6 +24,7 @@ from ritornello.engine.sampling import NO_TOKEN, Sampling, adjusted, draw, likel
 from ritornello.engine.sequence import RULES, Sequence
 from ritornello.engine.tick import Plan, Tick, planned, to_device
 from ritornello.engine.tokens import NOBODY, Part, Tokens
+from ritornello.limits import check
 from ritornello.model.carry import initial_state
 from ritornello.model.context import Context
 from ritornello.model.halting import Signals
@@ -116,7 +117,7 @@ class Engine:
         even = not exact or tick_tokens % EXACT == 0  # BLAS multiplies other last rows otherwise
         require(even, "tick_tokens", tick_tokens, f"a multiple of {EXACT} if exact")
         n_loops = model.config.n_loops if n_loops is None else n_loops
-        require_int("n_loops", n_loops, 1, MAX_LOOPS)
+        check("loops", n_loops, "n_loops")
         vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
         require_int("vocab_size", vocab_size, 1, model.config.vocab_size)
         self.model, self.chunk, self.tick_tokens, self.vocab_size = model, chunk, tick_tokens, vocab_size

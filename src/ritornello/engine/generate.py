@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from ritornello.config import MAX_LOOPS, ExitRule, Recipe, require, require_int
+from ritornello.config import ExitRule, Recipe, require
 from ritornello.device import pick_device
 from ritornello.engine.constraints import Constraint, Grammars
 from ritornello.engine.engine import Engine, is_compiled
@@ -18,6 +18,7 @@ from ritornello.engine.quantize import Weights, quantize
 from ritornello.engine.request import Draft, Request, check_request
 from ritornello.engine.sampling import NO_TOKEN, Sampling, sample
 from ritornello.engine.text import Generation, Text
+from ritornello.limits import check
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import checkpoint, tensors
@@ -205,16 +206,22 @@ def requests_of(
     draft: Draft | None = None,
     constraint: Constraint | None = None,
     n_logprobs: int | None = None,
+    scores_prompt: bool = False,
     **sampling: Any,
 ) -> list[Request]:
     """The same of prompts that are ids already."""
-    require_int("max_tokens", max_tokens, 1)
     if n_loops is not None:
-        require_int("n_loops", n_loops, 1, MAX_LOOPS)
+        check("loops", n_loops, "n_loops")
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
     longest, limit = max(map(len, ids)), model.config.max_seq_len
     require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
-    how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "n_logprobs": n_logprobs}
+    how: Any = {
+        "max_tokens": max_tokens,
+        "n_loops": n_loops,
+        "exit": exit,
+        "n_logprobs": n_logprobs,
+        "scores_prompt": scores_prompt,
+    }
     stop_ids = frozenset(range(tokenizer.eos_id, tokenizer.vocab_size))
     how |= {"stop": stop_ids, "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
     seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ritornello import recipes
-from ritornello.config import MAX_LOOPS, ExitName, ExitRule, exit_by, require, require_choice, require_int
+from ritornello.config import ExitName, ExitRule, exit_by, require, require_choice
 from ritornello.engine.constraints import Constraint
 from ritornello.engine.generate import Loaded, requests
 from ritornello.engine.request import Draft, Request
+from ritornello.limits import LIMITS, check
 
 MAX_LINE = recipes.MAX_BYTES
 TOKEN = re.compile("0|[1-9][0-9]{0,9}")
@@ -50,11 +51,13 @@ class Line:
 
     def __post_init__(self) -> None:
         require(self.id != "", "id", self.id, "a text that is not empty")
-        for name, low, high in (("loops", 1, MAX_LOOPS), ("logprobs", 0, 20)):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), low, high)
-        for token in self.logit_bias:
+        for name, value in vars(self).items():
+            row = "n_logprobs" if name == "logprobs" else name
+            if row in LIMITS and name != "logit_bias" and value is not None:
+                check(row, value, name)
+        for token, bias in self.logit_bias.items():
             require(bool(TOKEN.fullmatch(token)), "logit_bias", token, "the id of a token")
+            check("logit_bias", bias)
 
 
 KEYS = tuple(field.name for field in fields(Line))

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ritornello.config import ExitRule, ModelConfig, require, require_float, require_int
+from ritornello.config import ExitRule, ModelConfig, require, require_int
 from ritornello.engine.constraints import Constraint
 from ritornello.engine.sampling import Sampling
+from ritornello.limits import check
 from ritornello.model.halting import check_exit
 
 CHUNK = 64  # tokens of a prompt that enter the loop at once
@@ -22,8 +23,8 @@ class Draft:
     n_tokens: int = 4
 
     def __post_init__(self) -> None:
-        require_int("draft.n_loops", self.n_loops, 1)
-        require_int("draft.n_tokens", self.n_tokens, 1)
+        check("draft_loops", self.n_loops, "draft.n_loops")
+        check("draft_tokens", self.n_tokens, "draft.n_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Request:
     constraint: Constraint | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
+    scores_prompt: bool = False
     n_logprobs: int | None = None  # the token's log-probability comes back, and so many of the likeliest
 
     def __post_init__(self) -> None:
@@ -53,11 +55,13 @@ class Request:
             ok = isinstance(value, kind) or (value is None and name in ("exit", "draft", "constraint"))
             require(ok, name, value, f"a {kind.__name__}")
         require(len(self.prompt) > 0, "prompt", self.prompt, "at least one token")
-        require_int("max_tokens", self.max_tokens, 1)
-        if self.n_logprobs is not None:
-            require_int("n_logprobs", self.n_logprobs, 0, 20)
-        if self.loop_budget is not None:
-            require_float("loop_budget", self.loop_budget, self.min_loops)
+        check("max_tokens", self.max_tokens)
+        for name in ("n_logprobs", "loop_budget"):
+            if getattr(self, name) is not None:
+                check(name, getattr(self, name))
+        least = self.min_loops
+        ok = self.loop_budget is None or self.loop_budget >= least
+        require(ok, "loop_budget", self.loop_budget, f"at least min_loops ({least})")
         if self.draft is not None:
             even = self.exit is None and self.loop_budget is None
             require(even, "draft", self.draft, "without exit and loop_budget: all tokens of a draft go equally deep")
@@ -109,6 +113,7 @@ class Event:
     reason: str = ""
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
+    prompt: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """From logits to the next token. Randomness is addressed by (seed, index of the token), so company changes nothing."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ritornello.config import require_float, require_int
+from ritornello.config import require_int
+from ritornello.limits import check
 from ritornello.ops.noise import fold, uniform
 
 NO_TOKEN = -1
@@ -42,20 +42,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logit_bias", tuple((token, bias) for token, bias in self.logit_bias))
-        require_float("temperature", self.temperature, 0)
-        require_int("seed", self.seed, 0, 2**63 - 1)
-        require_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
-        for name in ("frequency_penalty", "presence_penalty"):
-            require_float(name, getattr(self, name), -math.inf)
+        for name in "temperature seed repetition_penalty frequency_penalty presence_penalty".split():
+            check(name, getattr(self, name))
         for token, bias in self.logit_bias:
             require_int("logit_bias", token, 0)
-            require_float("logit_bias", bias, -math.inf)
-        if self.top_k is not None:
-            require_int("top_k", self.top_k, 1)
-        if self.top_p is not None:
-            require_float("top_p", self.top_p, 0, 1, open_low=True)
-        if self.min_p is not None:
-            require_float("min_p", self.min_p, 0, 1)
+            check("logit_bias", bias)
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(self, name) is not None:
+                check(name, getattr(self, name))
 
 
 def adjusted(logits: Tensor, sampling: Sampling, prompt: Sequence[int], text: Sequence[int]) -> Tensor:

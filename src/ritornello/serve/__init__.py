@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: the engine in a thread of its own, FastAPI in front of it."""

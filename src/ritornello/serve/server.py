@@ -1,0 +1,127 @@
+"""uvicorn, and how it ends: what is under way is finished first."""
+
+import contextlib
+import signal
+import socket
+import time
+from asyncio import TimerHandle
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ritornello.serve.app import Service
+from ritornello.serve.settings import MAX_HEAD
+
+
+class Server(uvicorn.Server):
+    """SIGTERM and Ctrl-C: `/ready` says no, nothing new is let in, what is under way goes on for `drain_seconds` at
+    most. The second one ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        self.signal: int | None = None
+        self._deadline = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            self.should_exit = self.force_exit = True
+        self.signal = self.signal or sig
+        self.service.draining = True
+        self._deadline = self._deadline or time.monotonic() + self.service.settings.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.service.draining and (not self.service.worker.n_texts or time.monotonic() > self._deadline):
+            return True
+        return await super().on_tick(counter)
+
+
+class Connection(H11Protocol):
+    """One whose request has to begin, and its head to be there, in time."""
+
+    header_seconds = 10.0
+    _late: TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        self._late = self.loop.call_later(self.header_seconds, self._close_if_headless)
+
+    def _close_if_headless(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def bind(host: str, port: int, *, write_seconds: float) -> socket.socket:
+    """A listening socket. Who leaves unread what was sent for so long is disconnected by the system.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * write_seconds))
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+    return listening
+
+
+def raise_file_limit() -> None:
+    """As many connections as the system lets this process have."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def config_for(app: Any, service: Service, *, access_log: bool = False) -> uvicorn.Config:
+    connection = type("Timed", (Connection,), {"header_seconds": service.settings.header_seconds})
+    return uvicorn.Config(
+        app,
+        http=connection,
+        ws="none",
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        server_header=False,
+        proxy_headers=False,
+        backlog=4096,
+        h11_max_incomplete_event_size=MAX_HEAD,
+        timeout_graceful_shutdown=2,  # by then all that is under way was waited for
+    )
+
+
+def serve(app: Any, service: Service, listening: socket.socket, *, access_log: bool = False) -> None:
+    """Until a signal ends it.
+
+    Raises:
+        KeyboardInterrupt: that was Ctrl-C.
+        SystemExit: a second signal.
+    """
+    raise_file_limit()
+    server = Server(config_for(app, service, access_log=access_log), service)
+    server.run([listening])
+    if server.force_exit:
+        raise SystemExit(128 + (server.signal or signal.SIGTERM))
+    if server.signal == signal.SIGINT:
+        raise KeyboardInterrupt

@@ -1,0 +1,252 @@
+"""The engine in a thread of its own: what is asked comes in between two ticks, what it tells goes to who waits."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar, final
+
+from ritornello.config import require
+from ritornello.engine.constraints import Grammars
+from ritornello.engine.engine import Engine
+from ritornello.engine.generate import Loaded
+from ritornello.engine.pages import Layout
+from ritornello.engine.request import Event, Request, Stats
+
+log = logging.getLogger(__name__)
+Found = TypeVar("Found")
+PATIENCE = 3  # ticks in a row that may fail: after each one all texts start over
+STATS_SECONDS = 0.25  # how old the published ones may be while the engine works
+
+
+class Texts:
+    """What the engine tells of the texts of one request: (place among them, event), read on the event loop."""
+
+    def __init__(self, cost: int) -> None:
+        self.cost = cost
+        self.numbers: list[int] = []  # the engine's, of each text
+        self._told: list[tuple[int, Event]] = []
+        self._new = asyncio.Event()
+        self._failure: Exception | None = None
+
+    async def read(self) -> list[tuple[int, Event]]:
+        """What has come since, at least one; raises what made the engine give them up."""
+        await self._new.wait()
+        told, self._told = self._told, []
+        if self._failure is None:
+            self._new.clear()
+        elif not told:
+            raise self._failure
+        return told
+
+    def tell(self, events: Sequence[tuple[int, Event]]) -> None:
+        self._told.extend(events)
+        self._new.set()
+
+    def fail(self, error: Exception) -> None:
+        self._failure = error
+        self._new.set()
+
+
+class OverloadedError(Exception):
+    """More texts than the server takes; in `seconds` there may be room."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"as many texts under way and waiting as the server takes; try again in {seconds} s")
+        self.seconds = seconds
+
+
+@final
+class Worker:
+    """Who owns the engine. All but `call`ed functions runs on the event loop; the engine's thread is the only one that
+    touches the engine.
+
+    max_requests: texts under way and waiting; more are refused.
+    """
+
+    def __init__(self, engine: Engine, *, max_requests: int) -> None:
+        self.engine, self.max_requests = engine, max_requests
+        self.n_texts = self.cost = 0  # of all that are let in and not given back
+        self.stats: Stats = engine.stats()
+        self.rate = 0.0  # tokens × loops a second, lately
+        self._inbox: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._places: dict[int, tuple[Texts, int]] = {}  # by the engine's number; the thread's alone
+        self._alive_at, self._idle, self._failures, self._closing = time.monotonic(), True, 0, False
+        self._published, self._measured = 0.0, (time.monotonic(), engine.n_token_loops)
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def close(self) -> None:
+        """After the texts under way are dropped; waits for the tick that runs."""
+        self._inbox.put(self._close)
+        await asyncio.to_thread(self._thread.join, 10)
+
+    def silent_for(self) -> float:
+        """Seconds since the engine's thread gave a sign; 0 where it waits for work, infinite where it has ended."""
+        if not self._thread.is_alive():
+            return math.inf
+        return 0.0 if self._idle and self._inbox.empty() else time.monotonic() - self._alive_at
+
+    async def call(self, do: Callable[[], Found]) -> Found:
+        """What `do` returns, run between two ticks."""
+        assert self._loop is not None
+        loop, future = self._loop, self._loop.create_future()
+
+        def settle(how: str, value: Any) -> None:
+            if not future.done():
+                getattr(future, how)(value)
+
+        def run() -> None:
+            try:
+                found = ("set_result", do())
+            except Exception as error:  # noqa: BLE001 - it is the caller's
+                found = ("set_exception", error)
+            loop.call_soon_threadsafe(settle, *found)
+
+        self._inbox.put(run)
+        return await future
+
+    async def open(self, requests: Sequence[Request], *, cost: int) -> Texts:
+        """Let them in; `drop` has to follow, whatever happens.
+
+        Raises:
+            OverloadedError: no room for them now.
+            ValueError: what the engine cannot do.
+        """
+        if self.n_texts + len(requests) > self.max_requests:
+            raise OverloadedError(self.wait())
+        texts = Texts(cost)
+        self.n_texts += len(requests)
+        self.cost += cost
+        try:
+            await self.call(partial(self._submit, texts, requests))
+        except BaseException:
+            self.drop(texts, len(requests))
+            raise
+        return texts
+
+    def drop(self, texts: Texts, n: int) -> None:
+        """Whatever is left of these n texts ends."""
+        self.n_texts -= n
+        self.cost -= texts.cost
+        self._inbox.put(partial(self._cancel, texts.numbers))
+
+    def end(self, number: int) -> None:
+        """One text of several is complete before the engine knows."""
+        self._inbox.put(partial(self._cancel, [number]))
+
+    def wait(self) -> int:
+        """Seconds until there may be room: what a text under way costs at most, at the rate of late."""
+        mean = self.cost / max(self.n_texts, 1)
+        return min(max(math.ceil(mean / self.rate), 1), 60) if self.rate else 1
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._answer()
+            if self.engine.busy and not self._closing:
+                self._tick()
+            self._publish()
+
+    def _answer(self) -> None:
+        """All that was asked; waits where there is nothing else to do."""
+        if not self.engine.busy:
+            self._publish(now=True)
+            self._idle = True
+            asked = self._inbox.get()
+            self._alive_at, self._idle = time.monotonic(), False
+            asked()
+            self._measured = time.monotonic(), self.engine.n_token_loops
+        with suppress(Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+    def _tick(self) -> None:
+        self._alive_at = time.monotonic()
+        try:
+            events = self.engine.step()
+        except Exception as error:
+            self._failures += 1
+            log.error("tick failed (%d of %d)", self._failures, PATIENCE, exc_info=error)
+            if self._failures == PATIENCE:
+                self._give_up(error)
+            return
+        self._failures = 0
+        if events:
+            self._hand_over(events)
+
+    def _hand_over(self, events: Sequence[Event]) -> None:
+        """Of one tick, to all at once: each call wakes the event loop."""
+        told: dict[Texts, list[tuple[int, Event]]] = {}
+        for event in events:
+            if event.number in self._places:
+                texts, place = self._places[event.number]
+                told.setdefault(texts, []).append((place, event))
+                if event.reason:
+                    del self._places[event.number]
+        self._on_loop(lambda: [texts.tell(some) for texts, some in told.items()])
+
+    def _give_up(self, error: Exception) -> None:
+        """On all texts there are: what comes next may fare better."""
+        everyone = {texts for texts, _ in self._places.values()}
+        self._cancel([*self._places])
+        self._failures = 0
+        self._on_loop(lambda: [texts.fail(error) for texts in everyone])
+
+    def _submit(self, texts: Texts, requests: Sequence[Request]) -> None:
+        for place, request in enumerate(requests):
+            number = self.engine.submit(request)
+            texts.numbers.append(number)
+            self._places[number] = texts, place
+
+    def _cancel(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.engine.cancel(number)
+            self._places.pop(number, None)
+
+    def _publish(self, *, now: bool = False) -> None:
+        time_now = time.monotonic()
+        if now or time_now - self._published > STATS_SECONDS:
+            self._published, self.stats = time_now, self.engine.stats()
+            before, done = self._measured
+            if time_now - before > 1:
+                self.rate = (self.engine.n_token_loops - done) / (time_now - before)
+                self._measured = time_now, self.engine.n_token_loops
+
+    def _on_loop(self, do: Callable[[], object]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(do)
+
+    def _close(self) -> None:
+        self._closing = True
+
+
+def engine_of(loaded: Loaded, *, n_loops: int, memory_mb: int | None = None, exact: bool = False) -> Engine:
+    """The engine that serves this model, n_loops deep at most.
+
+    memory_mb: for keys and values; default: for four texts of max_seq_len at that depth.
+    """
+    n_rows = None
+    if memory_mb is not None:
+        config, weight = loaded.model.config, loaded.model.head_weight
+        n_rows = memory_mb * 2**20 // (config.kv_width * weight.element_size())
+        least = Layout(config, n_loops=n_loops).most_rows(config.max_seq_len)
+        need = -(-least * config.kv_width * weight.element_size() // 2**20)
+        require(n_rows >= least, "memory_mb", memory_mb, f"at least {need}: one text of max_seq_len at {n_loops} loops")
+    try:
+        grammars = Grammars(loaded.tokenizer)
+    except ValueError:  # llguidance is not there; who asks for a constraint is told
+        grammars = None
+    vocab_size = loaded.tokenizer.vocab_size
+    return Engine(loaded.model, n_rows=n_rows, n_loops=n_loops, vocab_size=vocab_size, grammars=grammars, exact=exact)
