@@ -4,7 +4,7 @@ import asyncio
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import client
@@ -37,11 +37,11 @@ def paths(found: Server) -> list[str]:
     return [*(path.replace("{", "").replace("}", "") for path in known), "/docs", "/openapi.json", "/metrics", *UNKNOWN]
 
 
-def unkeyed(found: Server) -> tuple[list[str], int]:
+def unkeyed(found: Server, methods: Sequence[str] = METHODS) -> tuple[list[str], int]:
     """Every route by every method with every wrong key."""
     problems, n = [], 0
     for path in dict.fromkeys(paths(found)):
-        for method in METHODS:
+        for method in methods:
             for name, value in WRONG.items():
                 answer = asyncio.run(client.once(found.port, method, path, b"{}", Authorization=value))
                 n += 1

@@ -51,7 +51,7 @@ class Control:
             error = {"message": "no JSON object", "type": "invalid_request_error", "param": None, "code": None}
             return self.write(writer, 400, {"error": error})
         self.n_asked += 1
-        bad = self.n_asked % EVERY == 0
+        bad = self.n_asked % EVERY == 0 and self.running > 2  # one alone is served well
         if bad and self.fault == "defects":
             return self.write(writer, 500, b"b")
         if bad and self.fault == "hangs":
