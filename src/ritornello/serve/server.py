@@ -101,7 +101,7 @@ def config_for(app: Any, service: Service, *, access_log: bool = False) -> uvico
         app,
         http=connection,
         ws="none",
-        log_level="info" if access_log else "warning",
+        log_level="info" if access_log else "error",
         access_log=access_log,
         server_header=False,
         proxy_headers=False,

@@ -53,6 +53,10 @@ class Texts:
         self._new.set()
 
 
+class EngineError(Exception):
+    """The engine failed again and again; the log tells why."""
+
+
 class OverloadedError(Exception):
     """More texts than the server takes; in `seconds` there may be room."""
 
@@ -179,7 +183,7 @@ class Worker:
             self._failures += 1
             log.error("tick failed (%d of %d)", self._failures, PATIENCE, exc_info=error)
             if self._failures == PATIENCE:
-                self._give_up(error)
+                self._give_up()
             return
         self._failures = 0
         if events:
@@ -196,12 +200,13 @@ class Worker:
                     del self._places[event.number]
         self._on_loop(lambda: [texts.tell(some) for texts, some in told.items()])
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self) -> None:
         """On all texts there are: what comes next may fare better."""
         everyone = {texts for texts, _ in self._places.values()}
+        log.error("%d texts are given up", len(self._places))
         self._cancel([*self._places])
         self._failures = 0
-        self._on_loop(lambda: [texts.fail(error) for texts in everyone])
+        self._on_loop(lambda: [texts.fail(EngineError("the engine failed; try again")) for texts in everyone])
 
     def _submit(self, texts: Texts, requests: Sequence[Request]) -> None:
         for place, request in enumerate(requests):

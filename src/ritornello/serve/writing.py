@@ -13,8 +13,10 @@ from ritornello.engine.text import Text
 from ritornello.serve.answers import End, Form, Piece, ScoredTokens, joined, scored, usage
 from ritornello.serve.asking import Asked
 from ritornello.serve.errors import Refused
-from ritornello.serve.worker import Texts, Worker
+from ritornello.serve.worker import EngineError, Texts, Worker
 from ritornello.train.tokenizer import Tokenizer
+
+CHUNK = 0.003  # seconds between two chunks of a stream, for each text there is: so many fit beside the engine
 
 
 class Choice:
@@ -93,7 +95,11 @@ class Writing:
         left = set(range(len(self.choices)))
         while left:
             found: list[Piece] = []
-            for place, event in await self.texts.read():
+            try:
+                told = await self.texts.read()
+            except EngineError as error:
+                raise Refused(500, str(error)) from None
+            for place, event in told:
                 if place not in left:  # it has ended by a stop string
                     continue
                 if event.reason == "failed":
@@ -125,7 +131,7 @@ class Writing:
                 logprobs = None if self.form.is_chat else self.choices[piece.place].scored_piece(piece)
                 yield self.form.chunk(head, [self.form.piece(piece, logprobs)])
             if not self.form.per_token:
-                await asyncio.sleep(chunk_seconds)
+                await asyncio.sleep(max(chunk_seconds, CHUNK * self.worker.n_texts))
         if with_usage:
             yield self.form.chunk(head, [], self.usage())
 
