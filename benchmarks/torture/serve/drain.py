@@ -37,7 +37,7 @@ async def complete(port: int, stream: bool, seed: int, max_tokens: int = TOKENS)
         async with client.connected(port) as connection:
             if stream:
                 events = [event async for event in connection.stream(path, body)]
-                if events[-1] != b"[DONE]":
+                if events[-1:] != [b"[DONE]"]:
                     return f"cut after {len(events)} events"
                 choices = [json.loads(event)["choices"] for event in events[:-1]]
                 reasons = [choice["finish_reason"] for some in choices for choice in some]
@@ -91,8 +91,9 @@ def drains(n: int, command: Sequence[str] = OURS) -> list[str]:
     problems = []
     for i in range(n):
         with server("--drain-seconds", "300", command=command) as found:
-            said = asyncio.run(drained(found, [(signal.SIGTERM, signal.SIGINT)[i // 2 % 2]], stream=i % 2 == 0))
-            said += ends(found, 0)
+            signum, code = ((signal.SIGTERM, 0), (signal.SIGINT, 130))[i // 2 % 2]
+            said = asyncio.run(drained(found, [signum], stream=i % 2 == 0))
+            said += ends(found, code)
             problems += [f"trial {i}: {'; '.join(said[:3])}"] if said else []
     return problems
 
@@ -115,7 +116,7 @@ async def hurried(found: Server, signals: Sequence[int], *, stream: bool) -> tup
 
 def rows(scale: float) -> Iterator[Row]:
     n = round(N_TRIALS * scale)
-    note = f"{IN_FLIGHT} in flight came whole, /ready 503 meanwhile, others refused with 503, exit code 0"
+    note = f"{IN_FLIGHT} in flight came whole, /ready 503 meanwhile, others refused with 503; exit code 0, or 130"
     yield row("server: SIGTERM or Ctrl-C with requests in flight", n, drains(n), note)
     problems = drains(2, control.command("drops"))
     yield row("server: control, it ends at once", 2, [] if len(problems) == 2 else ["not noticed"], f"{problems[:1]}")
