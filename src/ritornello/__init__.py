@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ritornello.engine.quantize import quantize
     from ritornello.engine.request import Draft, Event, Request
     from ritornello.engine.sampling import Sampling
+    from ritornello.engine.trace import trace
     from ritornello.model.cache import Cache
     from ritornello.model.context import Capture
     from ritornello.model.depth import Depth
@@ -47,6 +48,7 @@ _HOMES = {
     "engine.generate": ("Generation", "Loaded", "generate", "load", "stream"),
     "engine.quantize": ("quantize",),
     "engine.sampling": ("Sampling",),
+    "engine.trace": ("trace",),
     "model.cache": ("Cache",),
     "model.context": ("Capture",),
     "model.depth": ("Depth",),

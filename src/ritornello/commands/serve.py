@@ -62,7 +62,7 @@ class Serve(Command):
             loaded = open_model(self.path, device=self.device)
             others: dict[str, Any] = {"max_requests": self.max_requests, "drain_seconds": self.drain_seconds}
             others |= {} if self.max_cost is None else {"max_cost": self.max_cost}
-            name = self.name or self.path.resolve().name
+            name = self.path.resolve().name if self.name is None else self.name
             settings = settings_for(loaded.model.config, name, max_loops=self.max_loops, **others)
             engine = engine_of(loaded, n_loops=settings.max_loops, memory_mb=self.memory_mb, exact=self.exact)
             service = Service.of(loaded, Worker(engine, max_requests=settings.max_requests), settings)

@@ -79,6 +79,16 @@ class _Found(NamedTuple):
         return self.place + 1 - len(self.sequence.request.prompt)
 
 
+class _Scored(NamedTuple):
+    """Tokens of a prompt that score the next one: n from place `first` on, in the row that passed the coda from `start`
+    on."""
+
+    sequence: Sequence
+    first: int
+    start: int
+    n: int
+
+
 class Engine:
     """Requests enter and leave at any time; `step` is one tick.
 
@@ -169,11 +179,13 @@ class Engine:
             ids = np.asarray(request.prompt)
         except ValueError:  # rows of different lengths
             ids = np.empty(0)
-        ok = ids.dtype.kind in "iu" and ids.shape == shape and ids.min() >= 0 and ids.max() < config.vocab_size
-        require(ok, "prompt", list(request.prompt[:3]), f"integers of shape {shape} in [0, {config.vocab_size - 1}]")
+        highest = (self.vocab_size if request.scores_prompt else config.vocab_size) - 1  # others have no probability
+        ok = ids.dtype.kind in "iu" and ids.shape == shape and ids.min() >= 0 and ids.max() <= highest
+        require(ok, "prompt", list(request.prompt[:3]), f"integers of shape {shape} in [0, {highest}]")
         require(not several or request.max_tokens == 1, "max_tokens", request.max_tokens, "1 with several token tables")
         plain = not (several and request.sampling.reads_text)
         require(plain, "sampling", request.sampling, "without penalties with several token tables")
+        require(not (several and request.scores_prompt), "scores_prompt", True, "False with several token tables")
         room = request.room(limit)
         needed, have = self.layout.most_rows(room), self.pages.n_free + self.pages.n_used - self.exact
         require(needed <= have, "prompt and max_tokens", f"{room} tokens, {needed} rows", f"at most {have} rows")
@@ -279,7 +291,7 @@ class Engine:
         for sequence in self.waiting.copy():
             if not self._has_room(coming + len(sequence.tokens) + 1):
                 return
-            keys = sequence.keys[: (len(sequence.tokens) - 1) // BLOCK]  # the last token has to run
+            keys = sequence.known_keys
             known = self.prefixes.known(keys)
             if known < len(keys) and keys[known] in computing:  # another computes more of its prompt now
                 continue
@@ -415,7 +427,7 @@ class Engine:
 
     def _leave(self) -> None:
         """Tokens whose predecessors have all left the loop go through the coda, and those that a draft goes on from;
-        after the last of a text a token is sampled."""
+        after the last of a text a token is sampled, others of a prompt may be asked what follows them."""
         leaving: list[_Leaving] = []
         room, arrived = self.tick_tokens, self._arrived()
         for sequence in self.running:
@@ -438,17 +450,20 @@ class Engine:
         if not leaving:
             return
         hidden = self._coda(tokens) if self.layout.coda else None
-        found = self._gone(leaving, tokens)
-        if not found:
+        found, scored = self._gone(leaving, tokens)
+        if not found and not scored:
             return
-        ends = np.array([each.end for each in found])
-        ends = np.resize(ends, self.tick_tokens) if self.exact else ends
-        if hidden is None:  # no layers: only those that are sampled have anything to pass
+        read = [each.end for each in found]
+        for each in scored:
+            read += range(each.start, each.start + each.n)
+        ends = np.resize(read, self.tick_tokens) if self.exact else np.array(read)
+        if hidden is None:  # no layers: only those that are read have anything to pass
             hidden = self._coda(tokens.where(ends))
         else:
             hidden = hidden[self._tensor(ends)]
-        logits = self.model.logits(hidden)[: len(found), : self.vocab_size]
-        self._sample(found, logits)
+        logits = self.model.logits(hidden)[: len(read), : self.vocab_size]
+        self._score(scored, logits[len(found) :])
+        self._sample(found, logits[: len(found)])
 
     def _coda(self, tokens: Tokens) -> Tensor:
         """(N, D), in which the logits are linear; in an exact pass of those that fill it too."""
@@ -492,14 +507,15 @@ class Engine:
         n = np.where(gaps.any(1), gaps.argmax(1) + first, last) - left
         return dict(zip(slots.tolist(), n.tolist(), strict=True))
 
-    def _gone(self, leaving: list[_Leaving], tokens: Tokens) -> list[_Found]:
-        """These have passed the coda: what is to be sampled from them."""
+    def _gone(self, leaving: list[_Leaving], tokens: Tokens) -> tuple[list[_Found], list[_Scored]]:
+        """These have passed the coda: what is to be sampled from them, and what they score."""
         held = self.tables.lanes
         stay = np.repeat([each.guess is not None for each in leaving], [each.n for each in leaving])
         slots, places = tokens.slot[~stay], tokens.place[~stay]
         self.lanes.drop(tokens.lane[~stay])
         held[slots, places] = NONE
         found: list[_Found] = []
+        scored: list[_Scored] = []
         start = 0
         for sequence, first, n, guess in leaving:
             if guess is None:
@@ -507,8 +523,12 @@ class Engine:
             if guess is not None or sequence.left == len(sequence.tokens):
                 sampled = range(first if guess is not None else max(first, sequence.n_sure - 1), first + n)
                 found += [_Found(sequence, place, start + place - first, guess is not None) for place in sampled]
+            if sequence.n_scored < sequence.n_prompt:
+                here = range(max(first, sequence.n_scored - 1), min(first + n, sequence.n_prompt - 1))
+                if here:  # else these were told before the text started over
+                    scored.append(_Scored(sequence, here[0], start + here[0] - first, len(here)))
             start += n
-        return found
+        return found, scored
 
     def _pass(self, sequence: Sequence, n: int) -> None:
         """Its next n tokens are through."""
@@ -520,6 +540,18 @@ class Engine:
             self.prefixes.keep(sequence.keys[: last // BLOCK], self.tables.rows[slot])
         if last == sequence.entered or not (self.tables.lanes[slot, last : sequence.entered] >= 0).any():
             self._arrivals.discard(slot)
+
+    def _score(self, scored: list[_Scored], logits: Tensor) -> None:
+        """Tell what the logits (m, V) say of the tokens that the prompts have."""
+        for sequence, first, _, n in scored:
+            tokens, n_logprobs = sequence.tokens[first + 1 : first + 1 + n], sequence.request.n_logprobs
+            assert n_logprobs is not None
+            rows, logits = logits[:n], logits[n:]
+            told = zip(
+                tokens, sequence.loops[first : first + n].tolist(), likeliest(rows, tokens, n_logprobs), strict=True
+            )
+            self._events += [Event(sequence.number, token, loops, "", *by, prompt=True) for token, loops, by in told]
+            sequence.n_scored = first + 1 + n
 
     def _sample(self, found: list[_Found], logits: Tensor) -> None:
         """The token that follows each; those that sample alike at once."""
@@ -557,7 +589,9 @@ class Engine:
         """The sequence's next token, which these logits gave. It is told before anything that it held is given up."""
         place, request = sequence.n_sure - 1, sequence.request
         loops = int(sequence.loops[place])
-        logprob, likely = likeliest(logits, token, request.n_logprobs)
+        logprob, likely = None, ()
+        if request.n_logprobs is not None and token != NO_TOKEN:
+            ((logprob, likely),) = likeliest(logits[None], [token], request.n_logprobs)
         reason = "failed" if token == NO_TOKEN else "stop" if token in request.stop else ""
         wrong = False
         if not reason:

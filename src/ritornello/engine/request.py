@@ -31,8 +31,8 @@ class Draft:
 class Request:
     """prompt: token ids, or tuples of them for a model with several token tables, which gives one answer: max_tokens
     is 1. n_loops: of each token, with `exit` the most it may take; None: the model's own. loop_budget: loops in the
-    mean of those that Events tell, at any time; a token may take what those before it left, n_loops at most, and those
-    of the prompt but its last take all. constraint: what the text is;
+    mean of those that Events of written tokens tell, at any time; a token may take what those before it left, n_loops
+    at most, and those of the prompt but its last take all. constraint: what the text is;
     where it may end, the end of the document is among the tokens. The text ends before one of the `stop` tokens, or
     after max_tokens."""
 
@@ -45,8 +45,8 @@ class Request:
     constraint: Constraint | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
-    scores_prompt: bool = False
     n_logprobs: int | None = None  # the token's log-probability comes back, and so many of the likeliest
+    scores_prompt: bool = False  # and those of the prompt's tokens but the first, before the text
 
     def __post_init__(self) -> None:
         kinds = {"exit": ExitRule, "draft": Draft, "constraint": Constraint, "sampling": Sampling, "stop": frozenset}
@@ -59,6 +59,8 @@ class Request:
         for name in ("n_logprobs", "loop_budget"):
             if getattr(self, name) is not None:
                 check(name, getattr(self, name))
+        ok = isinstance(self.scores_prompt, bool) and not (self.scores_prompt and self.n_logprobs is None)
+        require(ok, "scores_prompt", self.scores_prompt, "False, or True with n_logprobs")
         least = self.min_loops
         ok = self.loop_budget is None or self.loop_budget >= least
         require(ok, "loop_budget", self.loop_budget, f"at least min_loops ({least})")
@@ -69,7 +71,7 @@ class Request:
     @property
     def needs_engine(self) -> bool:
         """Whether the engine alone can do it."""
-        return self.sampling.reads_text or any((self.constraint, self.loop_budget, self.draft))
+        return self.sampling.reads_text or any((self.constraint, self.loop_budget, self.draft, self.scores_prompt))
 
     def room(self, max_seq_len: int) -> int:
         """Tokens of it that are computed with at most: the last is not."""
@@ -104,7 +106,9 @@ class Event:
     last token; `stop`, before a token of the request's; `failed`, where logits are not numbers.
 
     logprob: of the token, in nats, and `likeliest` tokens with theirs: by the model over the ids that may be chosen,
-    before anything else changed them.
+    before anything else changed them; NaN where logits are not numbers.
+
+    prompt: a token of the prompt, where the request `scores_prompt`; the loops are those of the token before it.
     """
 
     number: int

@@ -114,10 +114,10 @@ def _drawn(logits: Tensor, sampling: Sampling, seeds: Tensor, index: Tensor) -> 
     return reached.to(torch.uint8).argmax(-1)  # the first that is reached
 
 
-def likeliest(logits: Tensor, token: int, n: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """The log-probability of the token, and the n likeliest with theirs; nothing if n is None."""
-    if n is None or token == NO_TOKEN:
-        return None, ()
+def likeliest(logits: Tensor, tokens: Sequence[int], n: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """By row of logits (m, V): the log-probability of its token, and the n likeliest with theirs."""
     shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    own = shares.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     best = shares.topk(n)
-    return float(shares[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    rows = zip(own, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(share, tuple(zip(ids, shares_of, strict=True))) for share, ids, shares_of in rows]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ritornello.config import ExitName
 from ritornello.engine.constraints import Matcher
 from ritornello.engine.pages import Rows
-from ritornello.engine.prefixes import Prefixes
+from ritornello.engine.prefixes import BLOCK, Prefixes
 from ritornello.engine.request import Request
 
 RULES: tuple[ExitName, ...] = get_args(ExitName)
@@ -29,6 +29,7 @@ class Sequence:
         self.n_prompt = self.n_sure = len(self.tokens)
         shared = prompt if request.loop_budget is None else prompt[:-1]  # whose depth is its own
         self.keys = Prefixes.keys(shared, (n_loops, request.exit))
+        self.n_scored = 1 if request.scores_prompt else self.n_prompt  # of the prompt: the others are yet to be told
         self.loops = np.zeros(room, np.int64)  # that each token took
         self.matcher = matcher  # of what is sure
         sampling = request.sampling
@@ -49,6 +50,12 @@ class Sequence:
     def decodes(self) -> bool:
         """Whether it writes: a draft may begin with the prompt's last token."""
         return self.left >= self.n_prompt or self.n_guessed > 0
+
+    @property
+    def known_keys(self) -> list[bytes]:
+        """Of blocks that need not run where others have: the last token has to, and those that score another."""
+        last = len(self.tokens) if self.n_scored == self.n_prompt else self.n_scored
+        return self.keys[: (last - 1) // BLOCK]
 
     @property
     def n_guessed(self) -> int:

@@ -33,7 +33,9 @@ class Text:
         return Generation(self.text, self.tokens, self.loops, self.reason)
 
     def take(self, event: Event) -> str:
-        """Take what the engine tells of it; return the text that is now certain."""
+        """Take what the engine tells of it; return the text that is now certain. The prompt is not part of it."""
+        if event.prompt:
+            return ""
         if event.reason == "failed":
             piece = self.finish("failed")
             self.reason = "failed"  # whatever the end has completed

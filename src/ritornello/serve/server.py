@@ -1,6 +1,7 @@
 """uvicorn, and how it ends: what is under way is finished first."""
 
 import contextlib
+import logging
 import signal
 import socket
 import time
@@ -15,6 +16,9 @@ from ritornello.serve.app import Service
 from ritornello.serve.settings import MAX_HEAD
 
 
+GRACE = 1.0  # seconds in which clients are told that nothing more comes
+
+
 class Server(uvicorn.Server):
     """SIGTERM and Ctrl-C: `/ready` says no, nothing new is let in, what is under way goes on for `drain_seconds` at
     most. The second one ends it at once."""
@@ -23,17 +27,21 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         self.signal: int | None = None
+        self.again = False  # a second one came
         self._deadline = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            self.should_exit = self.force_exit = True
+        seconds = self.service.settings.drain_seconds if self.signal is None else 0
+        self.again = self.signal is not None
         self.signal = self.signal or sig
         self.service.draining = True
-        self._deadline = self._deadline or time.monotonic() + self.service.settings.drain_seconds
+        self._deadline = time.monotonic() + seconds
 
     async def on_tick(self, counter: int) -> bool:
-        if self.service.draining and (not self.service.worker.n_texts or time.monotonic() > self._deadline):
+        worker, late = self.service.worker, time.monotonic() - self._deadline
+        if self.service.draining and worker.n_texts and late > 0:
+            worker.give_up("the server is on its way out")
+        if self.service.draining and (not worker.n_texts or late > GRACE):
             return True
         return await super().on_tick(counter)
 
@@ -101,7 +109,7 @@ def config_for(app: Any, service: Service, *, access_log: bool = False) -> uvico
         app,
         http=connection,
         ws="none",
-        log_level="info" if access_log else "error",
+        log_config=None,
         access_log=access_log,
         server_header=False,
         proxy_headers=False,
@@ -119,9 +127,11 @@ def serve(app: Any, service: Service, listening: socket.socket, *, access_log: b
         SystemExit: a second signal.
     """
     raise_file_limit()
+    level = logging.INFO if access_log else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     server = Server(config_for(app, service, access_log=access_log), service)
     server.run([listening])
-    if server.force_exit:
+    if server.again:
         raise SystemExit(128 + (server.signal or signal.SIGTERM))
     if server.signal == signal.SIGINT:
         raise KeyboardInterrupt

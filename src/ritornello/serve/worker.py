@@ -53,8 +53,12 @@ class Texts:
         self._new.set()
 
 
-class EngineError(Exception):
-    """The engine failed again and again; the log tells why."""
+class GivenUpError(Exception):
+    """Texts that will not be written to their end, with the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class OverloadedError(Exception):
@@ -76,6 +80,7 @@ class Worker:
     def __init__(self, engine: Engine, *, max_requests: int) -> None:
         self.engine, self.max_requests = engine, max_requests
         self.n_texts = self.cost = 0  # of all that are let in and not given back
+        self._open: set[Texts] = set()
         self.stats: Stats = engine.stats()
         self.rate = 0.0  # tokens × loops a second, lately
         self._inbox: SimpleQueue[Callable[[], object]] = SimpleQueue()
@@ -129,6 +134,7 @@ class Worker:
         if self.n_texts + len(requests) > self.max_requests:
             raise OverloadedError(self.wait())
         texts = Texts(cost)
+        self._open.add(texts)
         self.n_texts += len(requests)
         self.cost += cost
         try:
@@ -140,6 +146,7 @@ class Worker:
 
     def drop(self, texts: Texts, n: int) -> None:
         """Whatever is left of these n texts ends."""
+        self._open.discard(texts)
         self.n_texts -= n
         self.cost -= texts.cost
         self._inbox.put(partial(self._cancel, texts.numbers))
@@ -147,6 +154,11 @@ class Worker:
     def end(self, number: int) -> None:
         """One text of several is complete before the engine knows."""
         self._inbox.put(partial(self._cancel, [number]))
+
+    def give_up(self, message: str) -> None:
+        """On all that are under way; their clients are told."""
+        for texts in self._open:
+            texts.fail(GivenUpError(503, message))
 
     def wait(self) -> int:
         """Seconds until there may be room: what a text under way costs at most, at the rate of late."""
@@ -206,7 +218,7 @@ class Worker:
         log.error("%d texts are given up", len(self._places))
         self._cancel([*self._places])
         self._failures = 0
-        self._on_loop(lambda: [texts.fail(EngineError("the engine failed; try again")) for texts in everyone])
+        self._on_loop(lambda: [texts.fail(GivenUpError(500, "the engine failed; its log has more")) for texts in everyone])
 
     def _submit(self, texts: Texts, requests: Sequence[Request]) -> None:
         for place, request in enumerate(requests):

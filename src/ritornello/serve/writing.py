@@ -13,7 +13,7 @@ from ritornello.engine.text import Text
 from ritornello.serve.answers import End, Form, Piece, ScoredTokens, joined, scored, usage
 from ritornello.serve.asking import Asked
 from ritornello.serve.errors import Refused
-from ritornello.serve.worker import EngineError, Texts, Worker
+from ritornello.serve.worker import GivenUpError, Texts, Worker
 from ritornello.train.tokenizer import Tokenizer
 
 CHUNK = 0.003  # seconds between two chunks of a stream, for each text there is: so many fit beside the engine
@@ -97,8 +97,8 @@ class Writing:
             found: list[Piece] = []
             try:
                 told = await self.texts.read()
-            except EngineError as error:
-                raise Refused(500, str(error)) from None
+            except GivenUpError as error:
+                raise Refused(error.status, str(error)) from None
             for place, event in told:
                 if place not in left:  # it has ended by a stop string
                     continue
