@@ -24,7 +24,7 @@ from benchmarks.torture.serve.server import (
 from benchmarks.torture.subject import Row, row
 
 N_TRIALS, IN_FLIGHT = 20, 10
-TOKENS = 100
+TOKENS = 400
 HURRY = 10.0  # seconds until it has ended after all
 BODY: dict[str, Any] = {"model": "python", "prompt": "def f(", "max_tokens": TOKENS, "temperature": 1, "logprobs": 0}
 
@@ -54,8 +54,7 @@ async def complete(port: int, stream: bool, seed: int, max_tokens: int = TOKENS)
 async def drained(found: Server, signals: Sequence[int], *, stream: bool) -> list[str]:
     """Asked to end with requests in flight; what went wrong."""
     asking = [asyncio.create_task(complete(found.port, stream, i)) for i in range(IN_FLIGHT)]
-    while (await asyncio.to_thread(found.busy))[0] < IN_FLIGHT:
-        await asyncio.sleep(0.02)
+    await all_running(found, asking)
     found.process.send_signal(signals[0])
     problems, refusals, statuses = [], 0, set()
     while not all(task.done() for task in asking):
@@ -76,6 +75,13 @@ async def drained(found: Server, signals: Sequence[int], *, stream: bool) -> lis
     problems += [said for task in asking if (said := await task)]
     problems += [] if 503 in statuses and refusals else [f"/ready told {statuses or 'nothing'}, {refusals} refused"]
     return problems
+
+
+async def all_running(found: Server, asking: Sequence[asyncio.Task[Any]]) -> None:
+    while (await asyncio.to_thread(found.busy))[0] < IN_FLIGHT:
+        if all(task.done() for task in asking):
+            raise RuntimeError(f"over before they were seen: {[task.result() for task in asking]}")
+        await asyncio.sleep(0.02)
 
 
 def ends(found: Server, code: int, seconds: float = 10) -> list[str]:
@@ -102,8 +108,7 @@ async def hurried(found: Server, signals: Sequence[int], *, stream: bool) -> tup
     """Signals while requests are in flight; seconds from the last one until the process had ended, and what the
     requests were told amiss."""
     asking = [asyncio.create_task(complete(found.port, stream, i, 900)) for i in range(IN_FLIGHT)]
-    while (await asyncio.to_thread(found.busy))[0] < IN_FLIGHT:
-        await asyncio.sleep(0.02)
+    await all_running(found, asking)
     for signum in signals:
         found.process.send_signal(signum)
         await asyncio.sleep(0.3)

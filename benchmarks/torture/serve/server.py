@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -152,35 +151,20 @@ def is_ready(port: int) -> bool | None:
 
 @dataclass
 class Watch:
-    """Asks for /health every now and then, by a thread, and reads how much memory the server holds."""
+    """How long /health took meanwhile, in seconds, and what went wrong."""
 
     server: Server
     seconds: list[float] = field(default_factory=list)
-    resident: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    every: float = 0.05
 
     def __enter__(self) -> Self:
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        command = [sys.executable, "-m", "benchmarks.torture.serve.watch", str(self.server.port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        url = f"http://{HOST}:{self.server.port}/health"
-        while not self._over.wait(self.every):
-            begun = time.perf_counter()
-            try:
-                with urllib.request.urlopen(url, timeout=30) as answer:
-                    answer.read()
-                self.resident.append(self.server.resident())
-            except (OSError, ValueError) as error:
-                self.problems.append(f"/health: {error}")
-            self.seconds.append(time.perf_counter() - begun)
+        told, _ = self._process.communicate()
+        self.seconds, self.problems = json.loads(told)
 
     @property
     def p99(self) -> float:
