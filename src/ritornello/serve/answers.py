@@ -1,5 +1,6 @@
 """OpenAI's answers, whole or piece by piece, with the loops that tokens took beside them."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel
 
 from ritornello.engine.request import Event
+from ritornello.engine.trace import TokenTrace
 from ritornello.train.tokenizer import Tokenizer
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -68,6 +70,34 @@ class ChatChoice(ChunkChoice):
 class ChatChunk(ChatCompletionChunk):
     choices: list[ChatChoice]  # pyrefly: ignore
     usage: Usage | None = None  # pyrefly: ignore
+
+
+class Candidate(BaseModel):
+    id: int
+    text: str
+    logprob: float
+
+
+class Reading(BaseModel):
+    """After one loop. entropy: in nats."""
+
+    entropy: float | None
+    top: list[Candidate]
+
+
+class TracedToken(BaseModel):
+    """A token, and what each loop of the state that led to it would have answered."""
+
+    id: int
+    text: str
+    loops: int
+    by_loop: list[Reading]
+
+
+class TraceAnswer(BaseModel):
+    object: Literal["trace"]
+    model: str
+    tokens: list[TracedToken]
 
 
 @dataclass(frozen=True)
@@ -144,6 +174,21 @@ def chat_scored(tokenizer: Tokenizer, events: Sequence[Event]) -> ChoiceLogprobs
         if event.token is not None
     ]
     return made(ChoiceLogprobs, content=content, refusal=None)
+
+
+def traced(tokenizer: Tokenizer, found: TokenTrace) -> TracedToken:
+    readings = [
+        made(
+            Reading,
+            entropy=reading.entropy if math.isfinite(reading.entropy) else None,
+            top=[
+                made(Candidate, id=i, text=spelled(tokenizer, i), logprob=max(x, LEAST)) for i, x in reading.likeliest
+            ],
+        )
+        for reading in found.by_loop
+    ]
+    text = spelled(tokenizer, found.token)
+    return made(TracedToken, id=found.token, text=text, loops=found.loops, by_loop=readings)
 
 
 def usage(n_prompt_tokens: int, loops: Sequence[Sequence[int]], *, per_token: bool) -> Usage:

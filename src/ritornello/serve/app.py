@@ -25,12 +25,12 @@ from ritornello.engine.calibration import calibration_of
 from ritornello.engine.generate import Loaded
 from ritornello.model.halting import check_exit
 from ritornello.serve import asking, errors
-from ritornello.serve.answers import ChatAnswer, Form, TextAnswer
+from ritornello.serve.answers import ChatAnswer, Form, TextAnswer, TraceAnswer, TracedToken, made, traced
 from ritornello.serve.asking import Asked
 from ritornello.serve.errors import ErrorBody, Refused
 from ritornello.serve.guard import Guard
 from ritornello.serve.metrics import Metrics
-from ritornello.serve.schema import ChatBody, CompletionBody, Wishes
+from ritornello.serve.schema import ChatBody, CompletionBody, TraceBody, Wishes
 from ritornello.serve.settings import Settings
 from ritornello.serve.worker import OverloadedError, Worker
 from ritornello.serve.writing import Writing
@@ -115,12 +115,15 @@ class Service:
         try:
             texts = await self.worker.open(asked.requests, cost=asked.cost)
         except OverloadedError as error:
-            self.metrics.refused.inc()
-            raise Refused(429, str(error), code="overloaded", Retry_After=str(error.seconds)) from None
+            raise self.overloaded(error) from None
         except ValueError as error:
             raise errors.of_mistake(error) from None
         self.metrics.prompt_tokens.inc(asked.n_prompt_tokens)
         return Writing(self.worker, texts, asked, form, self.metrics.observe)
+
+    def overloaded(self, error: OverloadedError) -> Refused:
+        self.metrics.refused.inc()
+        return Refused(429, str(error), code="overloaded", Retry_After=str(error.seconds))
 
     def drop(self, writing: Writing) -> None:
         self.worker.drop(writing.texts, len(writing.choices))
@@ -171,6 +174,7 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Sequence[
     _add_status(app, service)
     _add_models(app, service)
     _add_writing(app, service)
+    _add_trace(app, service)
     app.add_middleware(Guard, keys=keys, hosts=hosts, body_seconds=service.settings.body_seconds)
     app.add_middleware(_Counted, metrics=service.metrics)
     return app
@@ -272,6 +276,26 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         """Answer in a conversation. For models that were trained on conversations."""
         asked = await service.read(asking.chat, body)
         return await written(request, body, asked, form(body, is_chat=True))
+
+
+def _add_trace(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/trace", response_model=TraceAnswer, tags=["text"])
+    async def trace(request: Request, body: TraceBody) -> Response:
+        """What each loop would have answered for each token of a text that was written (logit lens)."""
+        work, cost = await service.read(asking.to_trace, body)
+
+        async def read() -> list[TracedToken]:
+            steps = service.worker.steps(work, cost=cost)
+            return [traced(service.loaded.tokenizer, one) async for some in steps for one in some]
+
+        try:
+            tokens = await unless_gone(request, read())
+        except OverloadedError as error:
+            raise service.overloaded(error) from None
+        except LeftError:
+            return Response(status_code=499)
+        found = made(TraceAnswer, object="trace", model=service.settings.name, tokens=tokens)
+        return Response(found.model_dump_json(), media_type="application/json")
 
 
 async def _events(chunks: AsyncIterator[str]) -> AsyncIterator[bytes]:

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,18 @@ from ritornello.engine.calibration import calibration_of
 from ritornello.engine.constraints import Constraint
 from ritornello.engine.generate import Loaded, requests_of, stop_texts
 from ritornello.engine.request import Draft, Request
-from ritornello.serve.schema import ChatBody, CompletionBody, Depth, JsonSchemaFormat, Message, TextFormat, Wishes
-from ritornello.serve.settings import MAX_GRAMMAR, Settings
+from ritornello.engine.trace import TokenTrace, trace
+from ritornello.serve.schema import (
+    ChatBody,
+    CompletionBody,
+    Depth,
+    JsonSchemaFormat,
+    Message,
+    TextFormat,
+    TraceBody,
+    Wishes,
+)
+from ritornello.serve.settings import MAX_GRAMMAR, MAX_READINGS, Settings
 from ritornello.train.chat import chat_prompt
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -61,6 +71,25 @@ def chat(loaded: Loaded, settings: Settings, body: ChatBody) -> Asked:
     require(body.top_logprobs is None or bool(body.logprobs), "top_logprobs", body.top_logprobs, "used with logprobs")
     n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return Asked(**_asked(loaded, settings, body, [prompt], max_tokens=max_tokens, n_logprobs=n_logprobs))
+
+
+def to_trace(loaded: Loaded, settings: Settings, body: TraceBody) -> tuple[Iterator[list[TokenTrace]], int]:
+    """The readings of a text, yet to be computed, and tokens × loops that they take."""
+    given = [name for name in ("prompt", "messages") if getattr(body, name) is not None]
+    require(len(given) == 1, "prompt", f"{len(given)} of prompt and messages", "one of them")
+    prompt = conversation(loaded, body.messages) if body.messages else _ids(loaded, body.prompt)[0]
+    (n_loops, rule), n = depth(loaded, settings, body), len(prompt) + len(body.completion)
+    require(n <= loaded.model.config.max_seq_len, "completion", f"{n} tokens", "at most max_seq_len with its prompt")
+    told = len(body.completion) * n_loops * (body.top + 1)
+    require(told <= MAX_READINGS, "completion × loops × (top + 1)", told, f"at most {MAX_READINGS}")
+    _require_affordable(settings, n * n_loops)
+    how: Any = {"n_loops": n_loops, "exit": rule, "n_top": body.top, "vocab_size": loaded.tokenizer.vocab_size}
+    return trace(loaded.model, prompt, body.completion, **how), n * n_loops
+
+
+def _require_affordable(settings: Settings, cost: int) -> None:
+    remedy = "lower max_tokens, n or loops"
+    require(cost <= settings.max_cost, "tokens × texts × loops", cost, f"at most {settings.max_cost} here", remedy)
 
 
 def conversation(loaded: Loaded, messages: Sequence[Message]) -> list[int]:
@@ -127,8 +156,7 @@ def _asked(
     wishes |= {"logit_bias": _biases(body), "constraint": _constraint(body), "draft": _draft(body)}
     requests = requests_of(loaded, [prompt for prompt in prompts for _ in range(n)], **wishes)
     cost = sum((request.room(limit) + 1) * n_loops for request in requests)
-    remedy = "lower max_tokens, n or loops"
-    require(cost <= settings.max_cost, "tokens × texts × loops", cost, f"at most {settings.max_cost} here", remedy)
+    _require_affordable(settings, cost)
     return {"requests": requests, "prompts": prompts, "stops": stop_texts(body.stop or ()), "n": n, "cost": cost}
 
 

@@ -141,5 +141,5 @@ class TraceBody(Depth):
 
     prompt: str | Tokens | None = None
     messages: Messages | None = None
-    completion: Annotated[list[TokenId], Field(min_length=1, description="Ids of its tokens.")]
+    completion: Annotated[Tokens, Field(description="Ids of its tokens.")]
     top: Annotated[int, bounds("n_logprobs")] = 5

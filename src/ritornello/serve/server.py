@@ -15,7 +15,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ritornello.serve.app import Service
 from ritornello.serve.settings import MAX_HEAD
 
-
 GRACE = 1.0  # seconds in which clients are told that nothing more comes
 
 

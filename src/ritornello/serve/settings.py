@@ -6,6 +6,7 @@ from ritornello.config import MAX_LOOPS, ModelConfig, require, require_float, re
 
 MAX_HEAD, MAX_BODY = 16_384, 2_000_000  # bytes of a request's headers, and of what follows
 MAX_GRAMMAR = 64_000  # characters of a JSON schema or a regular expression
+MAX_READINGS = 50_000  # numbers that one trace may tell
 MAX_STOPS, MAX_STOP = 16, 1000  # stop strings, and characters of one
 
 

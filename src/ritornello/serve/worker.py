@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -20,6 +20,7 @@ from ritornello.engine.request import Event, Request, Stats
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
+DONE: Any = object()
 PATIENCE = 3  # ticks in a row that may fail: after each one all texts start over
 STATS_SECONDS = 0.25  # how old the published ones may be while the engine works
 
@@ -37,11 +38,10 @@ class Texts:
     async def read(self) -> list[tuple[int, Event]]:
         """What has come since, at least one; raises what made the engine give them up."""
         await self._new.wait()
-        told, self._told = self._told, []
-        if self._failure is None:
-            self._new.clear()
-        elif not told:
+        if self._failure is not None:
             raise self._failure
+        self._new.clear()
+        told, self._told = self._told, []
         return told
 
     def tell(self, events: Sequence[tuple[int, Event]]) -> None:
@@ -124,25 +124,39 @@ class Worker:
         self._inbox.put(run)
         return await future
 
-    async def open(self, requests: Sequence[Request], *, cost: int) -> Texts:
-        """Let them in; `drop` has to follow, whatever happens.
+    async def open(self, requests: Sequence[Request], *, cost: int, n: int | None = None) -> Texts:
+        """Let them in, as n texts; `drop` has to follow, whatever happens.
 
         Raises:
             OverloadedError: no room for them now.
             ValueError: what the engine cannot do.
         """
-        if self.n_texts + len(requests) > self.max_requests:
+        n = len(requests) if n is None else n
+        if self.n_texts + n > self.max_requests:
             raise OverloadedError(self.wait())
         texts = Texts(cost)
         self._open.add(texts)
-        self.n_texts += len(requests)
+        self.n_texts += n
         self.cost += cost
         try:
             await self.call(partial(self._submit, texts, requests))
         except BaseException:
-            self.drop(texts, len(requests))
+            self.drop(texts, n)
             raise
         return texts
+
+    async def steps(self, work: Iterator[Found], *, cost: int) -> AsyncIterator[Found]:
+        """What `work` yields, one step between two ticks at a time; it counts as a text.
+
+        Raises:
+            OverloadedError: no room for it now.
+        """
+        texts = await self.open([], cost=cost, n=1)
+        try:
+            while (found := await self.call(partial(next, work, DONE))) is not DONE:
+                yield found
+        finally:
+            self.drop(texts, 1)
 
     def drop(self, texts: Texts, n: int) -> None:
         """Whatever is left of these n texts ends."""
@@ -218,7 +232,9 @@ class Worker:
         log.error("%d texts are given up", len(self._places))
         self._cancel([*self._places])
         self._failures = 0
-        self._on_loop(lambda: [texts.fail(GivenUpError(500, "the engine failed; its log has more")) for texts in everyone])
+        self._on_loop(
+            lambda: [texts.fail(GivenUpError(500, "the engine failed; its log has more")) for texts in everyone]
+        )
 
     def _submit(self, texts: Texts, requests: Sequence[Request]) -> None:
         for place, request in enumerate(requests):
