@@ -24,7 +24,7 @@ from benchmarks.torture.serve.server import (
 from benchmarks.torture.subject import Row, row
 
 N_TRIALS, IN_FLIGHT = 20, 10
-TOKENS = 400
+TOKENS = 200
 HURRY = 10.0  # seconds until it has ended after all
 BODY: dict[str, Any] = {"model": "python", "prompt": "def f(", "max_tokens": TOKENS, "temperature": 1, "logprobs": 0}
 
