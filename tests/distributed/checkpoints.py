@@ -50,11 +50,14 @@ def cases(folder: Path) -> dict[str, Any]:
 
 
 class Run:
-    """A model with its optimizers, as a layout has them. Weights and states are functions of their names and `seed`."""
+    """A model with its optimizers, as a layout has them. Weights and states are functions of their names and `seed`.
+
+    Its looped layer only: those before and after have the same kinds of weights, and whole runs have them.
+    """
 
     def __init__(self, world: parallel.World, config: ParallelConfig, *, seed: int = 0, **model: Any) -> None:
         self.world = world
-        self.model = RecurrentDepthTransformer(model_config(**model)).train()
+        self.model = RecurrentDepthTransformer(model_config(n_prelude_layers=0, n_coda_layers=0, **model)).train()
         world.shard(self.model, config)
         self.train = train_config(batch_size=8, optimizer="muon")
         self.optimizers = build_optimizers(self.model, self.train)

@@ -58,7 +58,13 @@ def both(world: parallel.World, config: ParallelConfig, kind: str, **how: Any) -
 
 @cache
 def alone(kind: str, n_stages: int, **how: Any) -> Trained:
-    return trained(parallel.ALONE, ParallelConfig(pipeline=n_stages), kind, **how)
+    """Once for all processes, which ask for the same in the same order: each in turn trains, and tells the others."""
+    whose = alone.cache_info().currsize % dist.get_world_size()
+    mine = dist.get_rank() == whose
+    found = [trained(parallel.ALONE, ParallelConfig(pipeline=n_stages), kind, **how) if mine else None]
+    dist.broadcast_object_list(found, src=whose)
+    assert found[0] is not None
+    return found[0]
 
 
 def trained(
@@ -67,7 +73,9 @@ def trained(
     """Metrics by step, and the whole state after the last."""
     more = {"n_recurrent_layers": config.pipeline} if config.pipeline > 1 else {}
     model = RecurrentDepthTransformer(model_config(**HEADS | KINDS[kind] | more)).double().train()
-    config_of_training = train_config(batch_size=8, balance_weight=1e-2, depth="uniform", min_loops=1, **settings)
+    config_of_training = train_config(
+        steps=STEPS, batch_size=8, balance_weight=1e-2, depth="uniform", min_loops=1, **settings
+    )
     world.shard(model, config)
     optimizers = build_optimizers(model, config_of_training)
     seen = []

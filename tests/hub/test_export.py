@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -218,10 +219,13 @@ def test_padding_is_not_the_end_of_a_text_where_there_is_an_id_to_spare(folder):
     assert chat.pad_token_id == 261 and from_json(without_specials(chat.backend_tokenizer.to_str())).is_chat
 
 
-def test_a_full_disk_is_told_as_such(tmp_path):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    code = f"{limit}; import sys; from ritornello.cli import main; sys.exit(main(['export', 'python', 'out']))"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
+def test_a_full_disk_is_told_as_such(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = main(["export", "python", "out"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "could not be written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
-N_EXAMPLES = 20
+N_EXAMPLES = 12
 
 
 @pytest.fixture(scope="module")

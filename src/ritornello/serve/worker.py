@@ -85,7 +85,8 @@ class Worker:
         self.rate = 0.0  # tokens × loops a second, lately
         self._inbox: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._places: dict[int, tuple[Texts, int]] = {}  # by the engine's number; the thread's alone
-        self._alive_at, self._idle, self._failures, self._closing = time.monotonic(), True, 0, False
+        self._alive_at = self._asked_at = time.monotonic()
+        self._idle, self._failures, self._closing = True, 0, False
         self._published, self._measured = 0.0, (time.monotonic(), engine.n_token_loops)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -96,14 +97,16 @@ class Worker:
 
     async def close(self) -> None:
         """After the texts under way are dropped; waits for the tick that runs."""
-        self._inbox.put(self._close)
+        self._put(self._close)
         await asyncio.to_thread(self._thread.join, 10)
 
     def silent_for(self) -> float:
         """Seconds since the engine's thread gave a sign; 0 where it waits for work, infinite where it has ended."""
         if not self._thread.is_alive():
             return math.inf
-        return 0.0 if self._idle and self._inbox.empty() else time.monotonic() - self._alive_at
+        if self._idle and self._inbox.empty():
+            return 0.0
+        return time.monotonic() - (max(self._alive_at, self._asked_at) if self._idle else self._alive_at)
 
     async def call(self, do: Callable[[], Found]) -> Found:
         """What `do` returns, run between two ticks."""
@@ -121,7 +124,7 @@ class Worker:
                 found = ("set_exception", error)
             loop.call_soon_threadsafe(settle, *found)
 
-        self._inbox.put(run)
+        self._put(run)
         return await future
 
     async def open(self, requests: Sequence[Request], *, cost: int, n: int | None = None) -> Texts:
@@ -163,16 +166,21 @@ class Worker:
         self._open.discard(texts)
         self.n_texts -= n
         self.cost -= texts.cost
-        self._inbox.put(partial(self._cancel, texts.numbers))
+        self._put(partial(self._cancel, texts.numbers))
 
     def end(self, number: int) -> None:
         """One text of several is complete before the engine knows."""
-        self._inbox.put(partial(self._cancel, [number]))
+        self._put(partial(self._cancel, [number]))
 
     def give_up(self, message: str) -> None:
         """On all that are under way; their clients are told."""
         for texts in self._open:
             texts.fail(GivenUpError(503, message))
+
+    def _put(self, do: Callable[[], object]) -> None:
+        if self._inbox.empty():
+            self._asked_at = time.monotonic()
+        self._inbox.put(do)
 
     def wait(self) -> int:
         """Seconds until there may be room: what a text under way costs at most, at the rate of late."""
