@@ -171,6 +171,24 @@ def prompt(fuzz: Fuzz) -> Case:
     )
 
 
+def heavy(fuzz: Fuzz) -> Case:
+    """Within the limit of bytes, and as much work as it can make: others are to be served meanwhile."""
+    n = 100_000
+    found: dict[str, dict[str, Any]] = {
+        "objects": {"prompt": [{}] * 3 * n},
+        "fractions": {"prompt": [1.5] * n},
+        "lists": {"prompt": [[1]] * n},
+        "texts": {"prompt": ["a"] * n},
+        "stops": {"stop": ["x"] * n},
+        "biases": {"logit_bias": {str(i): 1.5 for i in range(n)}},
+        "fields": {f"u{i}": 1 for i in range(n)},
+        "alternatives": {"regex": "(x+x+)+y" * 50},
+    }
+    name = fuzz.rng.choice(list(found))
+    body = fuzz.base("/v1/completions") | found[name]
+    return fuzz.post(f"many {name}", "/v1/completions", body, frozenset({200}) if name == "alternatives" else REFUSED)
+
+
 def messages(fuzz: Fuzz) -> Case:
     rng = fuzz.rng
     content = rng.choice(("a", "", "\ud800", None, 5, [], [{}], [{"type": "text"}], [{"type": "text", "text": "a"}]))
@@ -286,6 +304,7 @@ KINDS: dict[Callable[[Fuzz], Case], int] = {
     duplicated: 4,
     spoilt: 8,
     prompt: 6,
+    heavy: 1,
     messages: 5,
     trace: 4,
     model_name: 3,

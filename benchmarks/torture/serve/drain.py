@@ -39,6 +39,8 @@ async def complete(port: int, stream: bool, seed: int, max_tokens: int = TOKENS)
                 events = [event async for event in connection.stream(path, body)]
                 if events[-1:] != [b"[DONE]"]:
                     return f"cut after {len(events)} events"
+                if b'"error"' in events[-2]:
+                    return f"told: {events[-2]!r:.200}"
                 choices = [json.loads(event)["choices"] for event in events[:-1]]
                 reasons = [choice["finish_reason"] for some in choices for choice in some]
             else:
