@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -246,14 +247,23 @@ def latencies(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
 
 def memory(what: Given) -> Iterator[dict[str, Any]]:
     """Load for ten minutes; what the process holds, once a second."""
-    begun, found, n = time.monotonic(), [], 0
-    while (at := time.monotonic() - begun) < LOADED_SECONDS:
-        what.through_http(16, stream=n % 2 == 0)
-        n += N_REQUESTS
-        found.append((at, what.found.resident()))
-    settled = [(at, size) for at, size in found if at > SETTLED]
-    slope = statistics.linear_regression(*zip(*settled, strict=True)).slope * 3600
-    sizes = [size for _, size in settled]
+    over, sizes, n = threading.Event(), [], 0
+
+    def watched() -> None:
+        while not over.wait(1):
+            sizes.append(what.found.resident())
+
+    watching, end = threading.Thread(target=watched), time.monotonic() + LOADED_SECONDS
+    watching.start()
+    try:
+        while time.monotonic() < end:
+            what.through_http(16, stream=n // N_REQUESTS % 2 == 0)
+            n += N_REQUESTS
+    finally:
+        over.set()
+        watching.join()
+    settled = sizes[SETTLED:]
+    slope = statistics.linear_regression(range(len(settled)), settled).slope * 3600
     metric = f"MiB resident at most, after a minute of {LOADED_SECONDS / 60:.0f} of load, {n} requests"
-    row = limited(metric, max(sizes), min(sizes), name=f"at least; {slope:+.1f} MiB an hour", n=len(sizes))
+    row = limited(metric, max(settled), min(settled), name=f"at least; {slope:+.1f} MiB an hour", n=len(settled))
     yield what.common | {**row, "ratio_low": None, "ratio_high": None}
