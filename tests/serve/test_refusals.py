@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -231,3 +232,15 @@ def test_every_route_wants_the_key(capsys: pytest.CaptureFixture[str]) -> None:
             assert all(client.get(server.url + path).status_code == 200 for path in OPEN)
             assert "HTTPBearer" in client.get(f"{server.url}/openapi.json", headers=headers).text
     assert "ecret" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("element", [{}, 1.5, [1], "a", None], ids=repr)
+@pytest.mark.parametrize("field", ["prompt", "stop", "messages", "completion"])
+def test_a_body_full_of_faults_takes_no_time(server: Running, field: str, element: Any) -> None:
+    """One is told, whatever they are; telling of each would hold up everybody for half a minute."""
+    path = {"messages": "chat/completions", "completion": "trace"}.get(field, "completions")
+    body = json.dumps({"model": "small", "prompt": "a", field: [element] * 200_000}).encode()
+    began = time.monotonic()
+    refused(server.client.post(f"{server.url}/v1/{path}", content=body, headers=JSON))
+    assert time.monotonic() - began < 2
+    assert is_untouched(server)

@@ -53,7 +53,7 @@ def completion(loaded: Loaded, settings: Settings, body: CompletionBody) -> Aske
     Raises:
         ValueError: what this model or this server cannot do; the field is named as the client wrote it.
     """
-    prompts = _ids(loaded, body.prompt)
+    prompts = _ids(loaded, settings, body)
     max_tokens, echo = 16 if body.max_tokens is None else body.max_tokens, bool(body.echo)
     require(max_tokens > 0 or echo, "max_tokens", 0, "1 or more, without echo")
     scored = {"n_logprobs": body.logprobs, "scores_prompt": echo and body.logprobs is not None}
@@ -64,6 +64,8 @@ def completion(loaded: Loaded, settings: Settings, body: CompletionBody) -> Aske
 def chat(loaded: Loaded, settings: Settings, body: ChatBody) -> Asked:
     """The same of a conversation."""
     prompt = conversation(loaded, body.messages)
+    n = body.n or 1
+    require(n <= settings.max_requests, "n", n, f"at most {settings.max_requests}")
     both = body.max_tokens is not None and body.max_completion_tokens is not None
     require(not both, "max_tokens", body.max_tokens, "left out, with max_completion_tokens")
     given = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
@@ -77,7 +79,7 @@ def to_trace(loaded: Loaded, settings: Settings, body: TraceBody) -> tuple[Itera
     """The readings of a text, yet to be computed, and tokens × loops that they take."""
     given = [name for name in ("prompt", "messages") if getattr(body, name) is not None]
     require(len(given) == 1, "prompt", f"{len(given)} of prompt and messages", "one of them")
-    prompt = conversation(loaded, body.messages) if body.messages else _ids(loaded, body.prompt)[0]
+    prompt = conversation(loaded, body.messages) if body.messages else _encoded(loaded, body.prompt or "")
     (n_loops, rule), n = depth(loaded, settings, body), len(prompt) + len(body.completion)
     require(n <= loaded.model.config.max_seq_len, "completion", f"{n} tokens", "at most max_seq_len with its prompt")
     told = len(body.completion) * n_loops * (body.top + 1)
@@ -119,18 +121,22 @@ def depth(loaded: Loaded, settings: Settings, body: Depth) -> tuple[int, ExitRul
     return min(config.n_loops, settings.max_loops) if n_loops is None else n_loops, rule
 
 
-def _ids(loaded: Loaded, prompt: Any) -> list[list[int]]:
-    """Of one prompt or several, of texts or ids."""
-    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    found = []
-    for one in prompts:
-        if isinstance(one, str):
-            _require_short(loaded, "prompt", len(one.encode()))
-            one = loaded.tokenizer.encode(one) or [loaded.tokenizer.eos_id]
-        high = loaded.model.config.vocab_size - 1
-        require(max(one) <= high, "prompt", max(one), f"ids in [0, {high}]")
-        found.append(one)
-    return found
+def _ids(loaded: Loaded, settings: Settings, body: CompletionBody) -> list[list[int]]:
+    """Of one prompt or several, of texts or ids; not of more than there may be."""
+    one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    prompts: Any = [body.prompt] if one else body.prompt
+    n_texts = len(prompts) * (body.n or 1)
+    require(n_texts <= settings.max_requests, "n", f"{n_texts} texts", f"at most {settings.max_requests} in all")
+    return [_encoded(loaded, prompt) for prompt in prompts]
+
+
+def _encoded(loaded: Loaded, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        _require_short(loaded, "prompt", len(prompt.encode()))
+        prompt = loaded.tokenizer.encode(prompt) or [loaded.tokenizer.eos_id]
+    high = loaded.model.config.vocab_size - 1
+    require(max(prompt) <= high, "prompt", max(prompt), f"ids in [0, {high}]")
+    return prompt
 
 
 def _require_short(loaded: Loaded, name: str, n_bytes: int) -> None:
@@ -148,8 +154,6 @@ def _asked(
     longest, limit = max(map(len, prompts)), config.max_seq_len
     require(longest < limit, "prompt", f"{longest} tokens", f"fewer than max_seq_len = {limit}")
     require(body.stream or body.stream_options is None, "stream_options", "given", "left out without stream")
-    n_texts = len(prompts) * n
-    require(n_texts <= settings.max_requests, "n", f"{n_texts} texts", f"at most {settings.max_requests} in all")
     wishes: dict[str, Any] = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
     wishes |= {"max_tokens": max_tokens, "n_loops": n_loops, "exit": rule, "loop_budget": body.loop_budget, **scored}
     wishes |= {"seed": secrets.randbits(63) if body.seed is None else body.seed}
@@ -181,6 +185,9 @@ def _constraint(body: Wishes) -> Constraint | None:
         return None if body.regex is None else Constraint(regex=body.regex)
     require(body.regex is None, "regex", body.regex, "left out, with a response_format")
     schema = form.json_schema.schema_ if isinstance(form, JsonSchemaFormat) else {"type": "object"}
-    text = json.dumps(schema)
+    try:
+        text = json.dumps(schema)
+    except RecursionError:
+        raise ValueError("response_format: nested too deep") from None
     require(len(text) <= MAX_GRAMMAR, "response_format", f"{len(text)} characters", f"at most {MAX_GRAMMAR}")
     return Constraint(json_schema=text)

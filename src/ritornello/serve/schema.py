@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ritornello.config import ExitName
 from ritornello.limits import LIMITS
-from ritornello.serve.settings import MAX_GRAMMAR, MAX_STOP, MAX_STOPS
+from ritornello.serve.settings import MAX_FIELDS, MAX_GRAMMAR, MAX_IDS, MAX_STOP, MAX_STOPS, MAX_TEXTS
 
 
 def bounds(name: str) -> Any:
@@ -16,14 +16,26 @@ def bounds(name: str) -> Any:
     return Field(ge=low, gt=above, le=limit.high)
 
 
+def few(most: int = MAX_TEXTS) -> Any:
+    """Of a list: as many, and of its faults the first: telling of each would take as long as a client likes."""
+    return Field(min_length=1, max_length=most, fail_fast=True)
+
+
 TokenId = Annotated[int, Field(ge=0)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Tokens = Annotated[list[TokenId], few(MAX_IDS)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Loops = Annotated[int, bounds("loops")]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise ValueError(f"must have {MAX_FIELDS} fields at most")
+        return data
 
 
 class StreamOptions(Strict):
@@ -77,7 +89,7 @@ class Wishes(Depth):
     presence_penalty: Annotated[float, bounds("presence_penalty")] | None = None
     repetition_penalty: Annotated[float, bounds("repetition_penalty")] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, bounds("logit_bias")]], Field(max_length=1024)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
@@ -96,7 +108,7 @@ class Wishes(Depth):
 
 
 class CompletionBody(Wishes):
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: str | Annotated[list[str], few()] | Tokens | Annotated[list[Tokens], few()]
     max_tokens: Annotated[int, Field(ge=0, le=LIMITS["max_tokens"].high)] | None = Field(
         None, description="16 if null; 0 with `echo`: the prompt alone is scored."
     )
@@ -113,7 +125,7 @@ class Message(Strict):
     """Clients send an answer back with fields that hold nothing."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_TEXTS, fail_fast=True)]
     refusal: None = None
     annotations: None = None
     audio: None = None
@@ -125,7 +137,7 @@ class Message(Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], few()]
 
 
 class ChatBody(Wishes):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ritornello.config import MAX_LOOPS, ModelConfig, require, require_float, require_int
 
 MAX_HEAD, MAX_BODY = 16_384, 2_000_000  # bytes of a request's headers, and of what follows
+MAX_FIELDS, MAX_TEXTS, MAX_IDS = 64, 2048, 2**20  # of an object; prompts, messages, parts of one; ids of a prompt
 MAX_GRAMMAR = 64_000  # characters of a JSON schema or a regular expression
 MAX_READINGS = 50_000  # numbers that one trace may tell
 MAX_STOPS, MAX_STOP = 16, 1000  # stop strings, and characters of one
