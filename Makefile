@@ -5,7 +5,7 @@ RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo lab bench torture test test-all check format clean
+.PHONY: install demo lab bench torture torture-serve test test-all check format clean
 
 install: $(DEV)
 
@@ -39,6 +39,10 @@ bench: constraints.txt
 # What a run survives: kills, failing disks, power cuts, damage, signals.
 torture: $(RUNTIME)
 	$(BIN)/python -m benchmarks.torture
+
+# What the server survives: hostile bodies, slow, dead and too many clients, its end. GROUPS="fuzz drain": only these.
+torture-serve: $(DEV)
+	$(BIN)/python -m benchmarks.torture.serve $(GROUPS)
 
 test: $(DEV)
 	$(PYTEST)

@@ -26,6 +26,7 @@ from benchmarks import (
     processes,
     rounding,
     saving,
+    serve,
     startup,
     stream,
     training,
@@ -69,6 +70,7 @@ THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
     "saving": lambda n, most: saving.rows(n=n),
     "rounding": lambda n, most: each(rounding.rows, stream.WEIGHTS[1:]),
     "engine": lambda n, most: engine.rows(n=n),
+    "serve": lambda n, most: serve.rows(n=n),
     "hub": lambda n, most: each(lambda s: hub.rows(s, n=n), ("S1", "S3")),
     "learning": lambda n, most: learning.rows(n=n),
 }
