@@ -1,6 +1,7 @@
 """Every refusal in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 import logging
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ritornello.config import shown
 from ritornello.serve.worker import GivenUpError
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _said(error: Mapping[str, Any]) -> str:
         return "is not supported here; leave it out"
     inner = ".".join(str(place) for place in error["loc"][2:] if isinstance(place, int))
     where = f"[{inner}] " if inner else ""
-    given = "" if error["type"] == "missing" else f", not {shown(error['input'])}"
+    given = "" if error["type"] == "missing" else f", not {reprlib.repr(error['input'])}"
     return f"{where}{error['msg'][:1].lower()}{error['msg'][1:]}{given}"
 
 

@@ -21,8 +21,8 @@ from ritornello.engine.request import Event, Request, Stats
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 DONE: Any = object()
-PATIENCE = 3  # ticks that may fail within MEMORY_SECONDS: after each one all texts start over
-MEMORY_SECONDS = 60
+PATIENCE = 3  # ticks that may fail within RECENT_SECONDS: after each one all texts start over
+RECENT_SECONDS = 60
 STATS_SECONDS = 0.25  # how old the published ones may be while the engine works
 
 
@@ -239,7 +239,7 @@ class Worker:
         try:
             events = self.engine.step()
         except BaseException as error:
-            recent = [at for at in self._failed_at if self._alive_at - at < MEMORY_SECONDS]
+            recent = [at for at in self._failed_at if self._alive_at - at < RECENT_SECONDS]
             self._failed_at = [*recent, self._alive_at]
             log.error("tick failed (%d of %d)", len(self._failed_at), PATIENCE, exc_info=error)
             if len(self._failed_at) == PATIENCE:
