@@ -1,6 +1,7 @@
 """uvicorn, and how it ends: what is under way is finished first."""
 
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -133,6 +134,8 @@ def serve(app: Any, service: Service, listening: socket.socket, *, access_log: b
         SystemExit: a second signal.
     """
     raise_file_limit()
+    gc.collect()
+    gc.freeze()  # what is there stays: else a large body has the collector look through all of torch
     level = logging.INFO if access_log else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     server = Server(config_for(app, service, access_log=access_log), service)
