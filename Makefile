@@ -32,7 +32,7 @@ lab: $(RUNTIME)
 bench: constraints.txt
 	test -x .bench/bin/python || $(PYTHON) -m venv .bench
 	.bench/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	.bench/bin/python -m pip install -q -c constraints.txt -e . transformers
+	.bench/bin/python -m pip install -q -c constraints.txt -e '.[serve]' transformers
 	.bench/bin/python -m pip install -q --no-deps open-mythos==0.5.0
 	.bench/bin/python -m benchmarks $(THEMES)
 
