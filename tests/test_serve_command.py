@@ -66,21 +66,24 @@ def test_it_answers_and_ends_as_it_is_told(tmp_path: Path) -> None:
     args = ["serve", "python", "--port", "0", "--api-key-file", str(file), "--name", "our python", "--access-log"]
     command = [sys.executable, "-m", "ritornello.cli", *args]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stderr
-        url = process.stdout.readline().split()[-1]
-        assert "Secret" not in Path(f"/proc/{process.pid}/cmdline").read_text()
-        body = {"model": "our python", "prompt": "import ", "loops": 2, "max_tokens": 60, "stream": True}
-        with (
-            httpx.Client(headers={"authorization": "Bearer Secret-Key"}, timeout=30) as client,
-            client.stream("POST", f"{url}/v1/completions", json=body) as answer,
-        ):
-            lines = answer.iter_lines()
-            assert next(lines).startswith("data: {")
-            os.kill(process.pid, signal.SIGTERM)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert process.wait(10) == 0
-        assert process.stdout.read() == ""
-        log = process.stderr.read()
+        try:
+            assert process.stdout and process.stderr
+            url = process.stdout.readline().split()[-1]
+            assert "Secret" not in Path(f"/proc/{process.pid}/cmdline").read_text()
+            body = {"model": "our python", "prompt": "import ", "loops": 2, "max_tokens": 60, "stream": True}
+            with (
+                httpx.Client(headers={"authorization": "Bearer Secret-Key"}, timeout=30) as client,
+                client.stream("POST", f"{url}/v1/completions", json=body) as answer,
+            ):
+                lines = answer.iter_lines()
+                assert next(lines).startswith("data: {")
+                os.kill(process.pid, signal.SIGTERM)
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert process.wait(10) == 0
+            assert process.stdout.read() == ""
+            log = process.stderr.read()
+        finally:
+            process.kill()  # or a failure would wait for it for ever
     assert "POST /v1/completions" in log and "Secret" not in log and "Traceback" not in log
 
 

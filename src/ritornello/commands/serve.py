@@ -52,7 +52,7 @@ class Serve(Command):
 
         from ritornello.commands.loading import open_model
         from ritornello.serve.app import Service, create_app
-        from ritornello.serve.server import bind, serve
+        from ritornello.serve.server import BACKLOG, bind, serve
         from ritornello.serve.settings import LOOPBACK, Settings, settings_for
         from ritornello.serve.worker import Worker, engine_of
 
@@ -67,6 +67,7 @@ class Serve(Command):
             hosts = (*LOOPBACK, self.host.lower()) if local and not keys else ()
             app = create_app(service, keys=keys, hosts=hosts)
             host, port = listening.getsockname()[:2]
+            listening.listen(BACKLOG)  # who reads the line may come at once
             if not self.common.quiet:
                 print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
             serve(app, service, listening, access_log=self.access_log)

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ritornello.serve.app import Service
 from ritornello.serve.settings import MAX_HEAD
 
+BACKLOG = 4096  # connections that wait to be taken
 GRACE = 1.0  # seconds in which clients are told that nothing more comes
 
 
@@ -120,7 +121,7 @@ def config_for(app: Any, service: Service, *, access_log: bool = False) -> uvico
         access_log=access_log,
         server_header=False,
         proxy_headers=False,
-        backlog=4096,
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_graceful_shutdown=2,  # by then all that is under way was waited for
     )
