@@ -177,6 +177,13 @@ def parse_json(text: str, source: object) -> Any:
         raise ValueError(f"{source}: not valid JSON: {error}") from None
 
 
+def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object that a file holds; `ValueError`, which names it, for anything else."""
+    body = parse_json(read_text(path, max_bytes=max_bytes), path)
+    require(isinstance(body, dict), str(path), body, "an object")
+    return body
+
+
 @cache
 def _adapter(kind: type[Any]) -> Any:
     """Built once, in about 10 ms; pydantic itself takes longer to import, so only who reads a recipe waits for it."""

@@ -9,23 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import originals
-from benchmarks.originals import CASES, CONVERTERS, ORIGINALS, SETTINGS, ours, theirs, tokens
+from benchmarks.originals import CASES, CONVERTERS, SETTINGS, ours, theirs, tokens
 from ritornello import cli
 from ritornello.hub import RitornelloForCausalLM
 from ritornello.hub.converters import read_published
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
+from tests.hub.at_hand import original
 
 every_case = pytest.mark.parametrize(("name", "kind"), CASES)
 TYPES = {"huginn": "huginn_raven", "ouro": "ouro"}
 LOOPS = (1, 3, 6)
-
-
-def original(name: str, kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    if originals.missing(name):
-        pytest.skip(originals.missing(name))
-    return ORIGINALS[name](SETTINGS[name][kind], dtype)
 
 
 @torch.no_grad()
@@ -38,7 +32,7 @@ def apart(model: RecurrentDepthTransformer, other: torch.Tensor, n_loops: int) -
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-5)], ids=["f64", "f32"])
 @pytest.mark.filterwarnings("ignore")  # of code that was written for transformers 4
 def test_logits_of_the_original(name: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    model, code = ours(name, SETTINGS[name][kind], dtype), original(name, kind, dtype)
+    model, code = ours(name, SETTINGS[name][kind], dtype), original(name, SETTINGS[name][kind], dtype)
     found = {n: code.logits(tokens(), n) for n in LOOPS}
     for n, logits in found.items():
         assert logits.dtype == dtype

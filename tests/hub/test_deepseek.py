@@ -17,7 +17,7 @@ from ritornello.hub.shards import dequantize
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
 from tests.model.builders import close, differ
-from tests.model.test_parity import Float64Torch, causal_mask, compare, draw, through
+from tests.model.test_parity import Float64Torch, causal_mask, compare, draw, randomize, through
 from tests.model.test_parity import T as LENGTH
 
 B, VOCAB, DIM = 2, 23, 24
@@ -76,14 +76,7 @@ def published(folder: Path, dtype: torch.dtype = torch.float64, **changes: Any) 
     config = DeepseekV3Config(**(SHAPE | changes))
     config._attn_implementation = config._experts_implementation = "eager"
     model = DeepseekV3ForCausalLM(config).to(dtype).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            elif "bias" in name:
-                tensor.normal_(std=0.1)
-            elif "inv_freq" not in name:
-                tensor.normal_(std=tensor.shape[-1] ** -0.5)
+    randomize(model)
     model.save_pretrained(folder, max_shard_size="40KB")
     return model
 

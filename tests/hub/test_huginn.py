@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import originals
-from benchmarks.originals import SETTINGS, Huginn, fill, ours, tokens
+from benchmarks.originals import SETTINGS, fill, ours, tokens
 from ritornello.config import ExitRule
 from ritornello.engine.engine import Engine
 from ritornello.engine.request import Request
 from ritornello.engine.sampling import Sampling
 from ritornello.model.carry import initial_state
 from ritornello.model.rdt import RecurrentDepthTransformer
+from tests.hub.at_hand import original
 
 # their look-up of keys knows two layers before the loop and four in it
 LAYERS = {"n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 4, "n_layers_in_coda": 2}
@@ -21,12 +22,6 @@ DEEP = SETTINGS["huginn"]["tied"] | LAYERS | {"mean_recurrence": 8}
 F64 = torch.float64
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of code that was written for transformers 4
-
-
-def original() -> Huginn:
-    if originals.missing("huginn"):
-        pytest.skip(originals.missing("huginn"))
-    return Huginn(DEEP, F64)
 
 
 def noise(model: RecurrentDepthTransformer, ids: Tensor) -> Tensor:
@@ -40,7 +35,7 @@ def test_noise_is_of_the_size_of_theirs() -> None:
     h = noise(model, tokens(1, 8192))
     limit = 3 * math.sqrt(2 / 5)
     assert abs(h.std() - math.sqrt(2 / 5)) < 0.01 and abs(h.mean()) < 0.01 and h.abs().max() <= limit * (1 + 1e-6)
-    theirs = original().model.initialize_state(torch.zeros(1, 8192, 24))
+    theirs = original("huginn", DEEP).model.initialize_state(torch.zeros(1, 8192, 24))
     assert abs(h.std() - theirs.std()) < 0.01 and theirs.abs().max() <= limit * (1 + 1e-6)
 
 
@@ -48,7 +43,7 @@ def test_noise_is_of_the_size_of_theirs() -> None:
 def by_themselves(ids: Tensor, model: RecurrentDepthTransformer, threshold: float) -> tuple[Tensor, list[int]]:
     """Logits (1, T, V) and loops of each token by their code, which takes one token at a time and looks keys up at the
     latest loop that each token has run."""
-    code, starts = original(), iter(noise(model, ids).split(1, 1))
+    code, starts = original("huginn", DEEP), iter(noise(model, ids).split(1, 1))
     code.model.initialize_state = lambda *_, **__: next(starts).clone()
     with originals._precisely(code.code, F64):
         cache = code.code.HuginnDynamicCache(lookup_strategy="latest-m4")

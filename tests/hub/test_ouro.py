@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import originals
-from benchmarks.originals import SETTINGS, Ouro, ours, tokens
+from benchmarks.originals import SETTINGS, ours, tokens
 from ritornello.config import ExitRule, default_exit
 from ritornello.engine.engine import Engine
 from ritornello.engine.generate import decode
 from ritornello.engine.request import Request
 from ritornello.engine.sampling import Sampling
+from tests.hub.at_hand import original
 
 SHAPE = SETTINGS["ouro"]["tied, fewer keys"]
 F64 = torch.float64
@@ -18,16 +18,10 @@ F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore")  # of code that was written for transformers 4
 
 
-def original() -> Ouro:
-    if originals.missing("ouro"):
-        pytest.skip(originals.missing("ouro"))
-    return Ouro(SHAPE, F64)
-
-
 @torch.no_grad()
 def test_weights_of_the_loops_are_theirs() -> None:
     """Read through their expected logits, the sum over loops of p_t times what loop t says."""
-    model, code, ids = ours("ouro", SHAPE, F64), original(), tokens()
+    model, code, ids = ours("ouro", SHAPE, F64), original("ouro", SHAPE), tokens()
     code.model.early_exit_threshold = None
     expected = code.logits(ids, 5, exit_at_step=None, use_weighted_exit=True)
     states = model(ids, n_loops=5, trajectory=True, weigh=True).trajectory
@@ -42,7 +36,7 @@ def test_weights_of_the_loops_are_theirs() -> None:
 @torch.no_grad()
 def exits(ids: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """How far logits are from theirs (B, T), what loops ours used, and how far they are at full depth."""
-    model, code = ours("ouro", SHAPE, F64), original()
+    model, code = ours("ouro", SHAPE, F64), original("ouro", SHAPE)
     expected = code.logits(ids, 6, exit_at_step=None, exit_threshold=threshold)
     out, full = model(ids, n_loops=6, exit=ExitRule("cumulative", threshold)), model(ids, n_loops=6).logits
     return (out.logits - expected).abs().amax(-1), out.loops_used, (full - expected).abs().amax(-1)

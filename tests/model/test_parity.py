@@ -52,15 +52,20 @@ def ours(**changes: Any) -> RecurrentDepthTransformer:
     layers = {"n_prelude_layers": 1, "n_recurrent_layers": 0, "n_coda_layers": 1, "ffn_dim": 40}
     config = ModelConfig(**(shape | RANKS | experts | layers | {"tie_embeddings": False} | changes))
     model = RecurrentDepthTransformer(config).double().eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-            elif "bias" in name:
-                tensor.normal_(std=0.1)
-            else:
-                tensor.normal_(std=tensor.shape[-1] ** -0.5)
+    randomize(model)
     return model
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """No weight or bias is left at 0 or 1; what follows from a configuration stays."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in name:
+            tensor.uniform_(0.5, 1.5)
+        elif "bias" in name:
+            tensor.normal_(std=0.1)
+        elif "inv_freq" not in name:
+            tensor.normal_(std=tensor.shape[-1] ** -0.5)
 
 
 SHAPE: dict[str, Any] = {

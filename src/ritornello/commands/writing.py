@@ -68,7 +68,7 @@ class Writing(Command, ABC):
 
             found = calibration_of(loaded)
             exit_rule, n_loops = found.exit, found.goal.n_loops
-            require(self.loops in (None, n_loops), "--loops", self.loops, f"{n_loops}, which the calibration is for")
+            found.check_loops(self.loops, "--loops")
             if not self.common.quiet:
                 print(found, file=sys.stderr)
         named = ("max_tokens", "loop_budget", "temperature", "top_k", "top_p", "min_p", "seed")

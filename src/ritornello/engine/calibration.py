@@ -93,6 +93,11 @@ class Calibration:
     def exit(self) -> ExitRule:
         return self.goal.exit(self.threshold)
 
+    def check_loops(self, n_loops: int | None, field: str) -> None:
+        """Raise ValueError where another depth is asked for, by the name of `field`; None: the calibration's."""
+        ours = self.goal.n_loops
+        require(n_loops in (None, ours), field, n_loops, f"{ours}, which the calibration is for")
+
     def __str__(self) -> str:
         loops = f"{self.mean_loops:.1f} of {self.goal.n_loops} loops in the mean"
         return f"exit {self.goal.condition(self.threshold)} keeps {self.goal.promise}: {loops}"
@@ -147,5 +152,5 @@ def calibrated(loaded: "Loaded", *, n_loops: int | None = None) -> ExitRule:
         ValueError: there is none for these weights, or it is for another number of loops.
     """
     found, deepest = calibration_of(loaded), loaded.model.config.n_loops if n_loops is None else n_loops
-    require(deepest == found.goal.n_loops, "n_loops", deepest, f"{found.goal.n_loops}, which the calibration is for")
+    found.check_loops(deepest, "n_loops")
     return found.exit

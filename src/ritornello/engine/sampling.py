@@ -116,8 +116,18 @@ def _drawn(logits: Tensor, sampling: Sampling, seeds: Tensor, index: Tensor) -> 
 
 def likeliest(logits: Tensor, tokens: Sequence[int], n: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
     """By row of logits (m, V): the log-probability of its token, and the n likeliest with theirs."""
-    shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    shares = log_shares(logits)
     own = shares.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    return list(zip(own, largest(shares, n), strict=True))
+
+
+def log_shares(logits: Tensor) -> Tensor:
+    """Log-probabilities (..., V), in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def largest(shares: Tensor, n: int) -> list[tuple[tuple[int, float], ...]]:
+    """By row of (m, V): the n ids with the most, each with what it has."""
     best = shares.topk(n)
-    rows = zip(own, best.indices.tolist(), best.values.tolist(), strict=True)
-    return [(share, tuple(zip(ids, shares_of, strict=True))) for share, ids, shares_of in rows]
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [tuple(zip(ids, values, strict=True)) for ids, values in rows]

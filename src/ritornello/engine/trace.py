@@ -9,6 +9,7 @@ from torch import Tensor
 from ritornello.config import ExitRule, require, require_int
 from ritornello.engine.engine import is_compiled
 from ritornello.engine.request import CHUNK
+from ritornello.engine.sampling import largest, log_shares
 from ritornello.limits import check
 from ritornello.model.cache import Cache, KeyValues
 from ritornello.model.context import Loop
@@ -183,9 +184,6 @@ def _beside(model: RecurrentDepthTransformer, h: Tensor, places: Tensor, cache: 
 
 def _read(model: RecurrentDepthTransformer, hidden: Tensor, n_top: int, vocab_size: int) -> Iterator[LoopReading]:
     """Of each row of hidden (N, D)."""
-    logits = model.logits(hidden)[:, :vocab_size]
-    shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    best = shares.topk(n_top)
+    shares = log_shares(model.logits(hidden)[:, :vocab_size])
     entropies = torch.special.entr(shares.exp()).sum(-1).tolist()
-    for entropy, ids, values in zip(entropies, best.indices.tolist(), best.values.tolist(), strict=True):
-        yield LoopReading(entropy, tuple(zip(ids, values, strict=True)))
+    yield from map(LoopReading, entropies, largest(shares, n_top))

@@ -46,10 +46,7 @@ def read_published(path: str | Path) -> RecurrentDepthTransformer:
     stored = Stored(weight_files(path))
     expected = converter.to_theirs(model.state_dict(), config)
     found = {name: x for name, x in stored.described.items() if name in expected or name not in UNREAD}
-    for name in expected.keys() & found.keys():
-        if found[name].is_floating_point():
-            expected[name] = expected[name].to(found[name].dtype)
-    tensors.check(found, expected, stored.source)
+    tensors.check(found, tensors.in_types_of(found, expected), stored.source)
     model.load_state_dict(converter.from_theirs(stored.read(), config), assign=True)
     return model.eval()
 
@@ -76,7 +73,7 @@ def convert(path: str | Path, target: str | Path, *, max_shard: str = "5GB") -> 
 
 def _ids(source: Path) -> dict[str, Any]:
     """The tokens that begin, end and fill up texts, where theirs names them."""
-    body: Any = recipes.parse_json(recipes.read_text(source), source)
+    body = recipes.read_object(source)
     found = {name: body.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, ids in found.items():
         some = ids if isinstance(ids, list) and name.startswith("eos") else [ids] if ids is not None else []
@@ -86,8 +83,7 @@ def _ids(source: Path) -> dict[str, Any]:
 
 
 def _shape(source: Path) -> tuple[ModuleType, ModelConfig]:
-    body: Any = recipes.parse_json(recipes.read_text(source), source)
-    require(isinstance(body, dict), str(source), body, "an object")
+    body = recipes.read_object(source)
     try:
         converter = pick(CONVERTERS, str(body.get("model_type")), "model_type")
         return converter, converter.config_from(body)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ritornello.config import ModelConfig, require
-from ritornello.hub.published import LOOPED_ALIKE, expect, given, to_halves, to_pairs
+from ritornello.hub.pairs import to_halves, to_pairs
+from ritornello.hub.published import LOOPED_ALIKE, count, expect, given
 
 STACKS = {"prelude_layers": "prelude", "recurrent": "core_block", "coda_layers": "coda"}
 NORMS = {
@@ -35,9 +36,7 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
     expect(theirs, bias=False, block_class_name="SandwichBlock", norm_class_name="RMSNorm_llama")
     expect(theirs, mlp_class_name="GatedMLP", nonlin_name="SiLU", injection_type="linear", state_init="like-init")
     expect(theirs, test_time_noise=0)
-    dim, n_heads = given(theirs, "n_embd", "hidden_size"), given(theirs, "n_heads", "num_attention_heads")
-    for name, size in (("n_embd", dim), ("n_heads", n_heads)):
-        require(type(size) is int and size > 0, f"config.json {name}", size, "an integer > 0")
+    dim, n_heads = count(theirs, "n_embd", "hidden_size"), count(theirs, "n_heads", "num_attention_heads")
     expect(theirs, num_key_value_heads=n_heads)
     require(dim % n_heads == 0, "config.json n_embd", dim, f"a multiple of n_heads ({n_heads})")
     return ModelConfig(

@@ -12,13 +12,13 @@ from ritornello.config import DataConfig, ModelConfig, Recipe, require
 from ritornello.device import pick_device
 from ritornello.engine.generate import Loaded
 from ritornello.hub.configuration import SHAPE
+from ritornello.hub.shards import INDEX, WEIGHTS
 from ritornello.hub.tokenizer import without_specials
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import tensors
 from ritornello.train.stored import Stored
 from ritornello.train.tokenizer import MAX_BYTES, from_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "model.rdt."
 SCALAR = "loop_embedding_scale"  # a vector of one number in such a folder
 
@@ -39,9 +39,7 @@ def load_exported(path: str | Path, *, device: str = "auto") -> Loaded:
     stored = Stored(weight_files(path))
     expected = {f"{PREFIX}{name}": x for name, x in model.state_dict().items()}
     found = stored.described
-    for name in expected.keys() & found.keys():  # rounded weights are a model's own
-        if found[name].is_floating_point() and expected[name].is_floating_point():
-            expected[name] = expected[name].to(found[name].dtype)
+    expected = tensors.in_types_of(found, expected)  # rounded weights are a model's own
     expected = {name: x.view(1) if name.endswith(SCALAR) else x for name, x in expected.items()}
     tensors.check(found, expected, stored.source)
     state = {name.removeprefix(PREFIX): x for name, x in stored.read().items()}
@@ -52,8 +50,7 @@ def load_exported(path: str | Path, *, device: str = "auto") -> Loaded:
 
 def _shape(source: Path) -> ModelConfig:
     """What the configuration says of the model; the rest of it is transformers' own."""
-    body: Any = recipes.parse_json(recipes.read_text(source), source)
-    require(isinstance(body, dict), str(source), body, "an object")
+    body = recipes.read_object(source)
     try:
         return recipes.validated(ModelConfig, {name: body[name] for name in SHAPE if name in body})
     except ValueError as error:

@@ -47,6 +47,7 @@ ALWAYS: dict[str, Any] = {
     "tie_embeddings": True,
     "lora_rank": 0,
     "loop_embedding": False,
+    "normalize_input": False,
     "injection": "lti",
     "rho_max": 1.0,
     "initial_state": "e",
@@ -116,7 +117,6 @@ class OpenMythos(RecurrentDepthTransformer):
         require_float("act_threshold", act_threshold, 0, 1)
         require_int("lora_rank", lora_rank, 1)
         super().__init__(config, seed=seed)
-        self.input_norm = nn.Identity()  # pyrefly: ignore
         self.halting = PublishedHalting(config, act_threshold)
         self.read_norm = RMSNorm(config.dim, config.norm_eps)
         self.adapter = Adapter(config.dim, lora_rank, config.n_loops)
@@ -156,8 +156,7 @@ def from_theirs(config: Mapping[str, Any], state: Mapping[str, Tensor], source: 
         model = OpenMythos(config_from(config), **how)  # pyrefly: ignore
     tensors.require_finite({name: x for name, x in state.items() if not x.is_complex()}, source)
     found = mythos_names.from_theirs(model.config, config["n_shared_experts"], state, source)
-    expected = {name: x.to(found[name].dtype) if name in found else x for name, x in model.state_dict().items()}
-    tensors.check(found, expected, source)
+    tensors.check(found, tensors.in_types_of(found, model.state_dict()), source)
     model.load_state_dict(found, assign=True)
     return model.eval().requires_grad_()
 
@@ -181,8 +180,7 @@ def load(folder: str | Path) -> OpenMythos:
         ValueError: see `from_theirs`; a pickle is never read.
     """
     source = Path(folder) / "config.json"
-    config: Any = recipes.parse_json(recipes.read_text(source), source)
-    require(isinstance(config, dict), str(source), config, "an object")
+    config = recipes.read_object(source)
     weights = Path(folder) / "model.safetensors"
     require(
         weights.is_file(), str(weights), "nothing", "a file", "torch.save's are pickles: convert where it is trusted"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ritornello.config import ModelConfig, require
-from ritornello.hub.published import LOOPED_ALIKE, expect, given
+from ritornello.hub.published import LOOPED_ALIKE, count, expect, given
 
 PARTS = {  # of a layer
     "input_layernorm": "input_layernorm",
@@ -33,9 +33,7 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
     kinds = given(theirs, "layer_types", default=[])
     full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
     require(full, "config.json layer_types", kinds, "'full_attention' throughout")
-    dim, n_heads = given(theirs, "hidden_size"), given(theirs, "num_attention_heads")
-    for name, size in (("hidden_size", dim), ("num_attention_heads", n_heads)):
-        require(type(size) is int and size > 0, f"config.json {name}", size, "an integer > 0")
+    dim, n_heads = count(theirs, "hidden_size"), count(theirs, "num_attention_heads")
     return ModelConfig(
         vocab_size=given(theirs, "vocab_size"),
         dim=dim,

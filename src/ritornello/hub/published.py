@@ -1,9 +1,7 @@
-"""What converters of published models share: reading a configuration that others wrote, and the two layouts of rope."""
+"""What converters of published models share: reading a configuration that others wrote."""
 
 from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from ritornello.config import require
 
@@ -25,11 +23,8 @@ def expect(theirs: Mapping[str, Any], **settings: Any) -> None:
         require(found is None or found == value, f"config.json {name}", found, f"{value!r}, the one that is converted")
 
 
-def to_halves(x: Tensor, head_dim: int) -> Tensor:
-    """Rotary rows (heads · head_dim, ...) with pairs side by side -> first halves, then second ones, as in Llama."""
-    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def to_pairs(x: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `to_halves`."""
-    return x.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+def count(theirs: Mapping[str, Any], *names: str) -> int:
+    """`given`, an integer above 0."""
+    found = given(theirs, *names)
+    require(type(found) is int and found > 0, f"config.json {names[0]}", found, "an integer > 0")
+    return found

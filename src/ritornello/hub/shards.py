@@ -46,7 +46,7 @@ class Published:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config = self._object(self.folder / "config.json", recipes.MAX_BYTES)
+        self.config = recipes.read_object(self.folder / "config.json")
         self._headers: dict[Path, Mapping[str, Any]] = {}
         self._files: dict[Path, Any] = {}
         self._places = self._index() if (self.folder / INDEX).exists() else None
@@ -109,7 +109,7 @@ class Published:
 
     def _index(self) -> dict[str, str]:
         source = self.folder / INDEX
-        places: Any = self._object(source, MAX_BYTES).get("weight_map")
+        places: Any = recipes.read_object(source, max_bytes=MAX_BYTES).get("weight_map")
         require(isinstance(places, dict) and bool(places), f"{source} weight_map", places, "names of tensors and files")
         for file in places.values():
             ours = isinstance(file, str) and re.fullmatch(r"[^/\\]+\.safetensors", file) is not None
@@ -128,8 +128,3 @@ class Published:
         ok = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
         require(ok, f"{place} weight_block_size", block, "two integers > 0")
         return block[0], block[1]
-
-    def _object(self, source: Path, max_bytes: int) -> dict[str, Any]:
-        body: Any = recipes.parse_json(recipes.read_text(source, max_bytes=max_bytes), source)
-        require(isinstance(body, dict), str(source), body, "an object")
-        return body

@@ -45,8 +45,8 @@ STATUSES = {
     413: "The body is too large.",
     415: "The body is no JSON.",
     421: "Another host's name.",
-    431: "Too long a head.",
     429: "Too much to do: come back after Retry-After.",
+    431: "Too long a head.",
     500: "A defect.",
     503: "On its way out, or stuck.",
 }
@@ -115,18 +115,14 @@ class Service:
         """Let it in; `drop` has to follow."""
         try:
             texts = await self.worker.open(asked.requests, cost=asked.cost)
-        except OverloadedError as error:
-            raise self.overloaded(error) from None
-        except GivenUpError as error:
-            raise errors.given_up(error) from None
         except ValueError as error:
             raise errors.of_mistake(error) from None
         self.metrics.prompt_tokens.inc(asked.n_prompt_tokens)
         return Writing(self.worker, texts, asked, form, self.metrics.observe)
 
-    def overloaded(self, error: OverloadedError) -> Refused:
+    def overloaded(self, error: OverloadedError) -> Response:
         self.metrics.refused.inc()
-        return Refused(429, str(error), code="overloaded", Retry_After=str(error.seconds))
+        return answer(Refused(429, str(error), code="overloaded", Retry_After=str(error.seconds)))
 
     def drop(self, writing: Writing) -> None:
         self.worker.drop(writing.texts)
@@ -174,6 +170,7 @@ def create_app(service: Service, *, keys: Sequence[bytes] = (), hosts: Sequence[
     )
     app.openapi = partial(_described, app, service.settings)
     errors.add_handlers(app)
+    _add_handlers(app, service)
     _add_status(app, service)
     _add_models(app, service)
     _add_writing(app, service)
@@ -199,6 +196,18 @@ def _described(app: FastAPI, settings: Settings) -> dict[str, Any]:
         for name in ("HTTPValidationError", "ValidationError"):
             found["components"]["schemas"].pop(name, None)
     return app.openapi_schema or {}
+
+
+def _add_handlers(app: FastAPI, service: Service) -> None:
+    """Of what ends a request that is right: no room for it, and nobody who waits for it."""
+
+    @app.exception_handler(OverloadedError)
+    async def overloaded(request: Request, error: OverloadedError) -> Response:
+        return service.overloaded(error)
+
+    @app.exception_handler(LeftError)
+    async def left(request: Request, error: LeftError) -> Response:
+        return Response(status_code=499)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -245,18 +254,15 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_writing(app: FastAPI, service: Service) -> None:
-    def form(body: Wishes, *, is_chat: bool) -> Form:
-        scores = bool(getattr(body, "logprobs", None)) if is_chat else getattr(body, "logprobs", None) is not None
-        return Form(
+    async def written(request: Request, body: Wishes, asked: Asked, *, is_chat: bool) -> Response:
+        form = Form(
             model=service.settings.name,
             fingerprint=service.fingerprint,
             tokenizer=service.loaded.tokenizer,
             is_chat=is_chat,
-            scores=scores,
+            scores=asked.scores,
             per_token=bool(body.loops_per_token),
         )
-
-    async def written(request: Request, body: Wishes, asked: Asked, form: Form) -> Response:
         writing = await service.begin(asked, form)
         if body.stream:
             options = body.stream_options
@@ -265,8 +271,6 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             return Streamed(_events(chunks), lambda: service.drop(writing))
         try:
             found = await unless_gone(request, writing.whole())
-        except LeftError:
-            return Response(status_code=499)
         finally:
             service.drop(writing)
         return Response(found.model_dump_json(exclude_unset=True), media_type="application/json")
@@ -275,13 +279,13 @@ def _add_writing(app: FastAPI, service: Service) -> None:
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Continue a text, or several."""
         asked = await service.read(asking.completion, body)
-        return await written(request, body, asked, form(body, is_chat=False))
+        return await written(request, body, asked, is_chat=False)
 
     @app.post("/v1/chat/completions", response_model=ChatAnswer, tags=["text"])
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer in a conversation. For models that were trained on conversations."""
         asked = await service.read(asking.chat, body)
-        return await written(request, body, asked, form(body, is_chat=True))
+        return await written(request, body, asked, is_chat=True)
 
 
 def _add_trace(app: FastAPI, service: Service) -> None:
@@ -294,14 +298,7 @@ def _add_trace(app: FastAPI, service: Service) -> None:
             steps = service.worker.steps(work, cost=cost)
             return [traced(service.loaded.tokenizer, one) async for some in steps for one in some]
 
-        try:
-            tokens = await unless_gone(request, read())
-        except OverloadedError as error:
-            raise service.overloaded(error) from None
-        except GivenUpError as error:
-            raise errors.given_up(error) from None
-        except LeftError:
-            return Response(status_code=499)
+        tokens = await unless_gone(request, read())
         found = made(TraceAnswer, object="trace", model=service.settings.name, tokens=tokens)
         return Response(found.model_dump_json(), media_type="application/json")
 
@@ -311,8 +308,9 @@ async def _events(chunks: AsyncIterator[str]) -> AsyncIterator[bytes]:
     try:
         async for chunk in chunks:
             yield format_sse_event(data_str=chunk)
-    except Refused as error:
-        yield format_sse_event(data_str=bytes(errors.answer(error).body).decode())
+    except (Refused, GivenUpError) as error:
+        refused = errors.given_up(error) if isinstance(error, GivenUpError) else error
+        yield format_sse_event(data_str=bytes(answer(refused).body).decode())
     yield format_sse_event(data_str="[DONE]")
 
 
@@ -385,7 +383,7 @@ class _Counted:
 
         try:
             if too_many:
-                await answer(self.service.overloaded(OverloadedError(1)))(scope, receive, counted)
+                await self.service.overloaded(OverloadedError(1))(scope, receive, counted)
             else:
                 await self.app(scope, receive, counted)
         except Exception:

@@ -44,6 +44,11 @@ class Asked:
     scores_only: bool = False
 
     @property
+    def scores(self) -> bool:
+        """Whether log-probabilities are told."""
+        return self.requests[0].n_logprobs is not None
+
+    @property
     def n_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
@@ -115,7 +120,7 @@ def depth(loaded: Loaded, settings: Settings, body: Depth) -> tuple[int, ExitRul
     if body.exit == "calibrated":
         found = calibration_of(loaded)
         rule, n_loops = found.exit, found.goal.n_loops
-        require(body.loops in (None, n_loops), "loops", body.loops, f"{n_loops}, which the calibration is for")
+        found.check_loops(body.loops, "loops")
     elif body.exit is not None:
         rule = exit_by(body.exit, body.exit_threshold, body.min_loops or 1)
     return min(config.n_loops, settings.max_loops) if n_loops is None else n_loops, rule

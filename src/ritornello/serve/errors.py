@@ -61,6 +61,10 @@ def add_handlers(app: FastAPI) -> None:
         message, param = _told(error.errors())
         return answer(Refused(400, message, param=param))
 
+    @app.exception_handler(GivenUpError)
+    async def ended(request: Request, error: GivenUpError) -> JSONResponse:
+        return answer(given_up(error))
+
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> JSONResponse:
         log.error("a defect: %s %s", request.method, request.url.path, exc_info=error)

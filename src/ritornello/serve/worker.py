@@ -135,15 +135,28 @@ class Worker:
         self._put(run)
         return await future
 
-    async def open(self, requests: Sequence[Request], *, cost: int, n: int | None = None) -> Texts:
-        """Let them in, as n texts; `drop` has to follow, whatever happens.
+    async def open(self, requests: Sequence[Request], *, cost: int) -> Texts:
+        """Let them in; `drop` has to follow, whatever happens.
+
+        Raises:
+            OverloadedError, GivenUpError: see `_admit`.
+            ValueError: what the engine cannot do.
+        """
+        texts = self._admit(len(requests), cost)
+        try:
+            await self.call(partial(self._submit, texts, requests))
+        except BaseException:
+            self.drop(texts)
+            raise
+        return texts
+
+    def _admit(self, n: int, cost: int) -> Texts:
+        """A place for each of n texts.
 
         Raises:
             OverloadedError: no room for them now.
             GivenUpError: the server is on its way out.
-            ValueError: what the engine cannot do.
         """
-        n = len(requests) if n is None else n
         if self._gone:
             raise GivenUpError(503, self._gone)
         if self.n_texts + n > self.max_requests:
@@ -152,20 +165,15 @@ class Worker:
         self._open.add(texts)
         self.n_texts += n
         self.cost += cost
-        try:
-            await self.call(partial(self._submit, texts, requests))
-        except BaseException:
-            self.drop(texts)
-            raise
         return texts
 
     async def steps(self, work: Iterator[Found], *, cost: int) -> AsyncIterator[Found]:
         """What `work` yields, a step between two ticks; it counts as a text. One such work at a time has its steps.
 
         Raises:
-            OverloadedError: no room for it now.
+            OverloadedError, GivenUpError: see `_admit`.
         """
-        texts = await self.open([], cost=cost, n=1)
+        texts = self._admit(1, cost)
         try:
             async with self._stepping:
                 while (found := await self.call(partial(next, work, DONE))) is not DONE:

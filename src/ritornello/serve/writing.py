@@ -10,11 +10,10 @@ from pydantic import BaseModel
 from ritornello.engine.generate import OVERFLOWED, UNFOLLOWED
 from ritornello.engine.request import Event
 from ritornello.engine.text import Text
-from ritornello.serve import errors
 from ritornello.serve.answers import End, Form, Offsets, Piece, ScoredTokens, both, joined, scored, usage
 from ritornello.serve.asking import Asked
 from ritornello.serve.errors import Refused
-from ritornello.serve.worker import GivenUpError, Texts, Worker
+from ritornello.serve.worker import Texts, Worker
 from ritornello.train.tokenizer import Tokenizer
 
 CHUNK = 0.003  # seconds between two chunks of a stream, for each text there is: so many fit beside the engine
@@ -30,7 +29,6 @@ class Choice:
         self.events: list[Event] = []  # of its own tokens
         self._prompt_events: list[Event] = []
         self.echoed = tokenizer.decode(self.prompt) if asked.echo else ""
-        self.scores = asked.requests[place].n_logprobs is not None
         self._begun = not asked.echo
         self._told = False  # something of its scores
         self._prompt_offsets, self._offsets = Offsets(tokenizer), Offsets(tokenizer, len(self.echoed))
@@ -63,11 +61,11 @@ class Choice:
 
     def scored(self) -> ScoredTokens | None:
         """All its tokens."""
-        return self._scored(self._prompt_events, self.events) if self.scores else None
+        return self._scored(self._prompt_events, self.events) if self._asked.scores else None
 
     def scored_piece(self, piece: Piece) -> ScoredTokens | None:
         """Those of a piece, which come in order."""
-        if not self.scores:
+        if not self._asked.scores:
             return None
         prompts = [event for event in piece.events if event.prompt]
         return self._scored(prompts, [event for event in piece.events if not event.prompt])
@@ -94,11 +92,7 @@ class Writing:
         left = set(range(len(self.choices)))
         while left:
             found: list[Piece] = []
-            try:
-                told = await self.texts.read()
-            except GivenUpError as error:
-                raise errors.given_up(error) from None
-            for place, event in told:
+            for place, event in await self.texts.read():
                 if place not in left:  # it has ended by a stop string
                     continue
                 if event.reason == "failed":

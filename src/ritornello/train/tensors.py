@@ -166,6 +166,16 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: o
         raise ValueError(f"{source}: " + "; ".join(filter(None, problems)))
 
 
+def in_types_of(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`expected`, its floating-point tensors in the types of those that were found, for `check` to compare the rest."""
+
+    def alike(x: Tensor, like: Tensor | None) -> Tensor:
+        both = like is not None and like.is_floating_point() and x.is_floating_point()
+        return x.to(like.dtype) if like is not None and both else x
+
+    return {name: alike(x, found.get(name)) for name, x in expected.items()}
+
+
 def listed(problem: str, names: list[str]) -> str:
     """`problem` and the first ten names; empty without names."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
