@@ -1,8 +1,9 @@
 """What HTTP costs: the same requests through the server, asked by another process, and in the engine alone; how soon
 texts begin under load; and whether memory stays where it is."""
 
+import argparse
 import inspect
-import json.decoder
+import json
 import random
 import statistics
 import subprocess
@@ -12,8 +13,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,30 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Given:
-    """A model behind HTTP and in this process, and the same requests to either."""
+    """A model behind HTTP and in this process, and the same requests to either; in each `turn` of other texts, of which
+    neither has computed anything."""
 
     name: str
     loaded: Loaded
     engine: Engine
     found: Server
     clients: "Clients"
-    bodies: list[dict[str, Any]]
-    requests: list[Request]
+    how: dict[str, Any]
+    seeds: Iterator[int] = field(default_factory=count)
+    bodies: Sequence[dict[str, Any]] = ()
+    requests: Sequence[Request] = ()
+
+    def turn(self) -> "Given":
+        rule: dict[str, Any] = {}
+        if "exit" in self.how:
+            from ritornello.config import exit_by
+
+            rule["exit"] = exit_by(self.how["exit"], self.how.get("exit_threshold"), 1)
+        prompts = drawn(self.loaded, next(self.seeds))
+        common = {"model": "model", "temperature": 0, **self.how}
+        bodies = [{"prompt": ids, "max_tokens": n, **common} for ids, n in prompts]
+        asked = [requests_of(self.loaded, [ids], max_tokens=n, temperature=0, **rule)[0] for ids, n in prompts]
+        return replace(self, bodies=bodies, requests=asked)
 
     @property
     def common(self) -> dict[str, Any]:
@@ -118,23 +134,16 @@ def given(name: str, **how: Any) -> Iterator[Given]:
         loaded = load(run, device="cpu")
         n_loops = settings_for(loaded.model.config, "model").max_loops
         engine = engine_of(loaded, n_loops=n_loops, memory_mb=None, exact=False)
-        prompts = drawn(loaded)
-        bodies = [{"model": "model", "prompt": ids, "max_tokens": n, "temperature": 0, **how} for ids, n in prompts]
-        rule: dict[str, Any] = {}
-        if "exit" in how:
-            from ritornello.config import exit_by
-
-            rule["exit"] = exit_by(how["exit"], how.get("exit_threshold"), 1)
-        asked = [requests_of(loaded, [ids], max_tokens=n, temperature=0, **rule)[0] for ids, n in prompts]
         with server("--name", "model", run=run) as found, clients(found.port) as process:
-            yield Given(name, loaded, engine, found, process, bodies, asked)
+            yield Given(name, loaded, engine, found, process, how)
 
 
-def drawn(loaded: Loaded) -> list[tuple[list[int], int]]:
-    """Prompts of 8 to 128 tokens out of a text, continued by 4 to 48, as in `engine`."""
-    text, rng, found = loaded.tokenizer.encode(inspect.getsource(json.decoder)), random.Random(SEED), []
+def drawn(loaded: Loaded, seed: int) -> list[tuple[list[int], int]]:
+    """Prompts of 8 to 128 tokens out of a text, continued by 4 to 48, as in `engine`. seed: of where they begin."""
+    text, found = loaded.tokenizer.encode(inspect.getsource(argparse)), []
+    rng, starts = random.Random(SEED), random.Random(seed)
     for _ in range(N_REQUESTS):
-        start, length = rng.randrange(len(text) - 128), rng.randint(8, 128)
+        start, length = starts.randrange(len(text) - 128), rng.randint(8, 128)
         found.append((text[start : start + length], rng.randint(4, 48)))
     return found
 
@@ -159,7 +168,6 @@ def wide(folder: Path) -> str:
 
 def direct(engine: Engine, asked: Sequence[Request], at_most: int, arrivals: Sequence[float] = ()) -> Alone:
     """In the engine alone: as many at once, at the same times."""
-    engine.prefixes.clear()
     n, begun, come, numbers, found = (
         len(asked),
         time.perf_counter(),
@@ -199,7 +207,7 @@ def rows(*, n: int) -> Iterator[dict[str, Any]]:
 
 def throughput(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
     for at_most, stream in product(AT_ONCE, (False, True)):
-        turns = [by_turns(what, at_most, stream=stream, first=bool(turn % 2)) for turn in range(n + 1)][1:]
+        turns = [by_turns(what.turn(), at_most, stream=stream, first=bool(turn % 2)) for turn in range(n + 1)][1:]
         same = statistics.mean(is_same(what, *turn) for turn in turns)
         assert same > 0.8, f"only {same:.0%} of the texts are the same"
         tokens, share = (
@@ -230,15 +238,15 @@ def is_same(what: Given, told: Told, alone: Alone) -> float:
 
 def latencies(what: Given, *, n: int) -> Iterator[dict[str, Any]]:
     """An open loop: requests come at random, streamed."""
-    most = N_REQUESTS / min(what.through_http(AT_ONCE[-1], stream=True).seconds for _ in range(3))
+    most = N_REQUESTS / min(what.turn().through_http(AT_ONCE[-1], stream=True).seconds for _ in range(3))
     for share in SHARES:
         sides: list[tuple[list[float], list[float]]] = []
         for turn in range(n):
-            rng, at, arrivals = random.Random(turn), 0.0, []
-            for _ in what.bodies:
+            now, rng, at, arrivals = what.turn(), random.Random(turn), 0.0, []
+            for _ in now.bodies:
                 arrivals.append(at := at + rng.expovariate(share * most))
-            http = what.through_http(N_REQUESTS, stream=True, arrivals=arrivals).first
-            sides.append((http, what.alone(N_REQUESTS, arrivals=arrivals).first))
+            http = now.through_http(N_REQUESTS, stream=True, arrivals=arrivals).first
+            sides.append((http, now.alone(N_REQUESTS, arrivals=arrivals).first))
         for q in (50, 99):
             metric = f"seconds to the first token, p{q}, {share:.0%} of {most:.1f} requests a second"
             found = [(percentile(http, q), percentile(alone, q)) for http, alone in sides]
@@ -257,7 +265,7 @@ def memory(what: Given) -> Iterator[dict[str, Any]]:
     watching.start()
     try:
         while time.monotonic() < end:
-            what.through_http(16, stream=n // N_REQUESTS % 2 == 0)
+            what.turn().through_http(16, stream=n // N_REQUESTS % 2 == 0)
             n += N_REQUESTS
     finally:
         over.set()

@@ -14,6 +14,7 @@ import torch
 
 from ritornello.engine import trace
 from ritornello.engine.engine import Engine
+from ritornello.serve import worker
 from tests.serve.running import Running, running, small, wait_until
 
 FOREVER: Any = {"max_tokens": 4000, "loops": 6, "logit_bias": {str(token): -100 for token in range(256, 261)}}
@@ -68,6 +69,24 @@ def test_too_many_are_told_when_to_come_back(server: Running) -> None:
         assert server.completed(max_tokens=1)  # one more has room
     server.settle()
     assert server.post("completions", prompt="abc", n=2, max_tokens=1).status_code == 200
+
+
+def test_what_was_not_told_yet_is_told_when_the_engine_comes_to_rest(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "TELL_SECONDS", 1e9)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(server.completed(max_tokens=2)))
+    body = {"model": "small", "prompt": "abc", "stream": True, **FOREVER}
+    with server.client.stream("POST", f"{server.url}/v1/completions", json=body):
+        begun(server)
+        asking.start()
+        untold = server.service.worker._untold
+        wait_until(lambda: any(event.reason for told in [*untold.values()] for _, event in told))
+        assert not answers
+    asking.join(5)
+    assert len(answers) == 1
+    server.settle()
 
 
 def test_a_tick_that_fails_is_run_again(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

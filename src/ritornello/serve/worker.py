@@ -23,6 +23,7 @@ Found = TypeVar("Found")
 DONE: Any = object()
 PATIENCE = 3  # ticks that may fail within RECENT_SECONDS: after each one all texts start over
 RECENT_SECONDS = 60
+TELL_SECONDS = 0.02  # between two times that the event loop is woken while the engine works
 STATS_SECONDS = 0.25  # how old the published ones may be while the engine works
 
 
@@ -94,6 +95,8 @@ class Worker:
         self._places: dict[int, tuple[Texts, int]] = {}  # by the engine's number; the thread's alone
         self._alive_at = self._asked_at = time.monotonic()
         self._idle, self._closing = True, False
+        self._untold: dict[Texts, list[tuple[int, Event]]] = {}  # what was written since; the thread's alone
+        self._told_at = 0.0
         self._failed_at: list[float] = []  # ticks, lately
         self._published, self._measured = 0.0, (time.monotonic(), engine.n_token_loops)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
@@ -233,6 +236,7 @@ class Worker:
     def _answer(self) -> None:
         """All that was asked; waits where there is nothing else to do."""
         if not self.engine.busy:
+            self._hand_over()
             self._publish(now=True)
             self._idle = True
             asked = self._inbox.get()
@@ -253,19 +257,20 @@ class Worker:
             if len(self._failed_at) == PATIENCE:
                 self._give_up()
             return
-        if events:
-            self._hand_over(events)
-
-    def _hand_over(self, events: Sequence[Event]) -> None:
-        """Of one tick, to all at once: each call wakes the event loop."""
-        told: dict[Texts, list[tuple[int, Event]]] = {}
         for event in events:
             if event.number in self._places:
                 texts, place = self._places[event.number]
-                told.setdefault(texts, []).append((place, event))
+                self._untold.setdefault(texts, []).append((place, event))
                 if event.reason:
                     del self._places[event.number]
-        self._on_loop(partial(self._tell, told))
+        if self._alive_at - self._told_at > TELL_SECONDS:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """To all at once: each call wakes the event loop, which holds up the engine."""
+        if self._untold:
+            self._on_loop(partial(self._tell, self._untold))
+            self._untold, self._told_at = {}, time.monotonic()
 
     def _give_up(self) -> None:
         """On all texts there are: what comes next may fare better."""

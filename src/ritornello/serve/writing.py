@@ -124,7 +124,8 @@ class Writing:
                 logprobs = None if self.form.is_chat else self.choices[piece.place].scored_piece(piece)
                 yield self.form.chunk(head, [self.form.piece(piece, logprobs)])
             if not self.form.per_token and not all(choice.reason for choice in self.choices):
-                await asyncio.sleep(max(chunk_seconds, CHUNK * self.worker.n_texts))
+                period = max(chunk_seconds, CHUNK * self.worker.n_texts)
+                await asyncio.sleep(period - time.monotonic() % period)  # all streams write at once, and then none
         if with_usage:
             yield self.form.chunk(head, [], self.usage())
 
