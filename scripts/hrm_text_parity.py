@@ -29,7 +29,7 @@ def rounded(setting: str) -> list[Tensor]:
 
 def largest(a: list[Tensor], b: list[Tensor]) -> str:
     found = max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
-    return f"{found:.1e}".replace("e-0", "e-") if found else "0"
+    return f"{found:.1e}".replace("e-0", "e-").replace("e+0", "e+") if found else "0"
 
 
 def main() -> None:

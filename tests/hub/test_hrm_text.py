@@ -1,8 +1,9 @@
 """HRM-Text in our loop says what transformers' own `HrmTextForCausalLM` says."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,17 +14,17 @@ from torch import Tensor
 from transformers import HrmTextConfig, HrmTextForCausalLM
 from transformers.models.hrm_text import modeling_hrm_text
 
-from benchmarks.originals import Float64Torch, fill
+from benchmarks.originals import Float64Torch
 from ritornello import cli
 from ritornello.engine.engine import Engine
-from ritornello.engine.request import Request
-from ritornello.engine.sampling import Sampling
+from ritornello.engine.request import Draft, Event, Request
+from ritornello.engine.sampling import Sampling, sample
 from ritornello.hub.converters import read_published
 from ritornello.hub.hrm_text import HrmText, config_from, from_theirs, to_theirs
 from ritornello.hub.modeling import RitornelloForCausalLM
 from ritornello.model.cache import Cache
-from tests.engine.kinds import alone, answers, is_empty, ruled
-from tests.model.builders import close, differ
+from tests.engine.kinds import answers, is_empty, ruled
+from tests.model.builders import build, close, differ
 
 F64 = torch.float64
 SHAPE: dict[str, Any] = {"vocab_size": 23, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 40}
@@ -41,9 +42,9 @@ every_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
 def theirs(setting: str, dtype: torch.dtype = F64) -> HrmTextForCausalLM:
-    """Their model with weights by a formula, z_L_init among them."""
+    """Their model with weights by number, z_L_init among them."""
     model = HrmTextForCausalLM(HrmTextConfig(**SETTINGS[setting])).to(dtype).eval()
-    weights = fill(model.state_dict(), dtype)
+    weights = drawn(model.state_dict(), dtype)
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights)
@@ -51,6 +52,16 @@ def theirs(setting: str, dtype: torch.dtype = F64) -> HrmTextForCausalLM:
         dim, theta = model.config.head_dim, model.config.rope_parameters["rope_theta"]
         model.model.rotary_emb.inv_freq = theta ** -(torch.arange(0, dim, 2, dtype=dtype) / dim)
     return model
+
+
+def drawn(described: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Normal weights; branches write so much that a text does not go on as its last token says alone."""
+    dice, found = torch.Generator().manual_seed(1), {}
+    for name, like in sorted(described.items()):
+        size = 3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+        x = torch.randn(like.shape, generator=dice, dtype=F64)
+        found[name] = (x * size * (like.shape[-1] ** -0.5 if like.ndim > 1 else 1)).to(dtype)
+    return found
 
 
 @contextmanager
@@ -201,25 +212,129 @@ def test_the_engine_writes_what_their_generate_does(setting: str) -> None:
     assert len({tuple(found[number][0]) for number in numbers}) == 3 and is_empty(engine)
 
 
+def told(engine: Engine, requests: list[Request]) -> list[list[Event]]:
+    """What each is told, all of them at once."""
+    numbers, events = [engine.submit(request) for request in requests], list(engine.run())
+    assert is_empty(engine)
+    return [[event for event in events if event.number == number] for number in numbers]
+
+
+def is_said(model: HrmText, request: Request, events: list[Event]) -> bool:
+    """Whether one pass over prompt and text gives these loops and, of these tokens, these probabilities."""
+    n, text = len(request.prompt), [event.token for event in events]
+    ids = torch.tensor([[*request.prompt, *text]])
+    kinds = (torch.arange(ids.shape[1]) < n).long()[None] if request.prefix else None
+    out = model(ids, token_type_ids=kinds, n_loops=request.n_loops, exit=request.exit)
+    shares = out.logits[0, n - 1 : -1].log_softmax(-1)[range(len(text)), text]
+    found = torch.tensor([event.logprob for event in events], dtype=F64)
+    same = out.loops_used[0, n - 1 : -1].tolist() == [event.loops for event in events]
+    return len(text) == request.max_tokens and same and bool((shares - found).abs().max() < 1e-10)
+
+
 @every_setting
+@torch.no_grad()
 def test_tokens_leave_the_loop_in_the_engine(setting: str) -> None:
-    """Requests of other depths and rules, side by side: each as alone, which is the model's own forward."""
+    """Requests of other depths and rules, side by side: each as the model's own forward has it."""
     model = ours(setting)
     rule = ruled(model, "delta")
     requests = [
-        Request(prompt=row[: 2 + i], max_tokens=5, exit=(None, rule)[i % 2], n_loops=5 - i, sampling=Sampling(seed=i))
-        for i, row in enumerate(tokens(4).tolist())
+        Request(
+            prompt=row[: 2 + i],
+            max_tokens=8,
+            exit=(None, rule)[i % 2],
+            n_loops=5 - i // 2,
+            n_logprobs=0,
+            sampling=Sampling(seed=i),
+        )
+        for i, row in enumerate(tokens(6).tolist())
     ]
-    engine = Engine(model, n_loops=5, chunk=3, tick_tokens=8)
-    numbers = [engine.submit(request) for request in requests]
-    found = answers(engine, numbers)
-    assert all(found[number] == alone(model, request) for number, request in zip(numbers, requests, strict=True))
-    assert is_empty(engine)
-    text, loops = found[numbers[1]]
-    ids = torch.tensor([[*requests[1].prompt, *text]])
-    with torch.no_grad():
-        used = model(ids, n_loops=4, exit=rule).loops_used
-    assert used[0, len(requests[1].prompt) - 1 : -1].tolist() == loops and len(used.unique()) > 1
+    found = told(Engine(model, n_loops=5, chunk=3, tick_tokens=8), requests)
+    assert all(is_said(model, request, events) for request, events in zip(requests, found, strict=True))
+    assert len({event.loops for events in found[1::2] for event in events}) > 1
+    assert not is_said(model, replace(requests[1], exit=None), found[1])
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@torch.no_grad()
+def test_prefixes_in_the_engine(exact: bool) -> None:
+    """Beside causal prompts, with tokens that leave early and budgets, and prompts that begin alike."""
+    model, long = ours("cycles as published"), tokens(1, 21)[0].tolist()
+    rule = ruled(model, "delta")
+    prompts = [long, long[:7], long, [*long[:18], 1, 2, 3], long[:3], [4]]
+    requests = [Request(prompt=p, max_tokens=5, prefix=True, n_logprobs=0) for p in prompts]
+    requests += [replace(r, exit=rule, n_loops=4, sampling=Sampling(seed=1)) for r in requests[1:4]]
+    requests += [replace(r, prefix=False) for r in requests[:2]]
+    found = told(Engine(model, n_loops=4, chunk=4, tick_tokens=32, exact=exact), requests)
+    assert all(is_said(model, request, events) for request, events in zip(requests, found, strict=True))
+    assert len({event.loops for events in found[6:9] for event in events}) > 1
+    for request, events in zip(requests[:4], found, strict=False):
+        assert not is_said(model, replace(request, prefix=False), events)
+
+
+@torch.no_grad()
+def test_a_prefix_in_their_generate() -> None:
+    code, engine = theirs("cycles as published"), Engine(ours("cycles as published"), chunk=4, tick_tokens=32)
+    prompts = [tokens(1, n) for n in (3, 7, 21)]
+    how: Any = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    requests = [
+        Request(prompt=p[0].tolist(), max_tokens=8, sampling=Sampling(temperature=0), prefix=True) for p in prompts
+    ]
+    for prompt, events in zip(prompts, told(engine, requests), strict=True):
+        with precisely(F64):
+            both, causal = (code.generate(prompt, token_type_ids=torch.full_like(prompt, n), **how) for n in (1, 0))
+        assert [event.token for event in events] == both[0, prompt.shape[1] :].tolist()
+        assert not torch.equal(both, causal)
+
+
+@torch.no_grad()
+def test_a_prefix_that_starts_over() -> None:
+    """Where memory runs out: what was written follows the prompt, and is no part of the prefix."""
+    model, long = ours("cycles as published"), tokens(1, 21)[0].tolist()
+    requests = [Request(prompt=long[:n], max_tokens=16, n_logprobs=0, prefix=True) for n in (9, 5, 7)]
+    engine = Engine(model, chunk=4, tick_tokens=16, n_rows=model.config.n_layers * 2 * 28)
+    found = told(engine, requests)
+    assert engine.n_preempted > 0
+    assert all(is_said(model, request, events) for request, events in zip(requests, found, strict=True))
+
+
+@torch.no_grad()
+def test_a_prefix_with_a_budget_or_a_draft() -> None:
+    model, long = ours("cycles as published"), tokens(1, 21)[0].tolist()
+    plain = Request(prompt=long, max_tokens=6, n_loops=4, prefix=True, sampling=Sampling(seed=3))
+    requests = [plain, replace(plain, draft=Draft(n_loops=1, n_tokens=3)), replace(plain, loop_budget=2.0)]
+    engine = Engine(model, n_loops=4, chunk=8, tick_tokens=32)
+    whole, drafted, saved = told(engine, requests)
+    assert whole == [replace(event, number=0) for event in drafted] and engine.n_drafted > 0
+    text, loops = [event.token for event in saved], [event.loops for event in saved]
+    budgets = torch.tensor([[4] * 20 + loops])
+    out = model(
+        torch.tensor([[*long, *text[:-1]]]), n_loops=budgets, token_type_ids=(torch.arange(26) < 21)[None].long()
+    )
+    for i, token in enumerate(text):
+        assert sample(out.logits[:, 20 + i], plain.sampling, index=i).item() == token
+    assert loops == [2] * 6
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    """The same prompt shares what it left; one that only begins alike saw something else."""
+    model, long = ours("cycles as published"), tokens(1, 21)[0].tolist()
+    engine, used = Engine(model, chunk=4, tick_tokens=32), []
+    for prompt in (long, long, [*long[:20], 1]):
+        before = engine.n_token_loops
+        engine.submit(Request(prompt=prompt, max_tokens=1, prefix=True))
+        list(engine.run())
+        used.append((engine.n_token_loops - before) // 2)
+    assert used == [21, 5, 21]
+
+
+def test_prefixes_that_cannot_be() -> None:
+    engine = Engine(ours("cycles as published"), chunk=4, tick_tokens=16)
+    with pytest.raises(ValueError, match=r"prompt = '17 tokens': must be at most tick_tokens \(16\) with prefix"):
+        engine.submit(Request(prompt=[1] * 17, prefix=True))
+    with pytest.raises(ValueError, match="prefix = True: must be False, or True without scores_prompt"):
+        Request(prompt=[1], prefix=True, scores_prompt=True, n_logprobs=1)
+    with pytest.raises(ValueError, match="prefix = True: must be False with n_coda_layers = 1"):
+        Engine(build({}), chunk=4).submit(Request(prompt=[1], prefix=True))
 
 
 def written(folder: Path, setting: str, **changes: Any) -> Path:
