@@ -327,6 +327,13 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert used == [21, 5, 21]
 
 
+def test_nobody_overtakes_a_prefix_that_waits_for_room() -> None:
+    engine = Engine(ours("cycles as published"), chunk=4, tick_tokens=16)
+    for n, prefix in ((3, False), (16, True), (3, False)):
+        engine.submit(Request(prompt=tokens(1, n)[0].tolist(), max_tokens=3, prefix=prefix))
+    assert [event.number for event in engine.run()] == [0] * 3 + [1, 1, 2, 1, 2, 2]
+
+
 def test_prefixes_that_cannot_be() -> None:
     engine = Engine(ours("cycles as published"), chunk=4, tick_tokens=16)
     with pytest.raises(ValueError, match=r"prompt = '17 tokens': must be at most tick_tokens \(16\) with prefix"):
@@ -374,6 +381,14 @@ def test_what_is_refused(field: str, value: Any, message: str, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"config\.json|safetensors") as error:
         read_published(written(tmp_path, "cycles as published", **changes, **{field: value}))
     assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_the_default_shape_has_as_many_parameters() -> None:
+    with torch.device("meta"):
+        code = HrmTextForCausalLM(HrmTextConfig())
+        model = HrmText(config_from(code.config.to_dict()))
+    n = sum(x.numel() for x in code.parameters())
+    assert sum(x.numel() for x in model.state_dict().values()) == n == 1_447_822_848
 
 
 def test_not_as_a_folder_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
