@@ -102,7 +102,7 @@ def tokens(batch: int = 2, length: int = 9) -> Tensor:
     return torch.arange(batch * length).mul(7).add(3).remainder(23).view(batch, length)
 
 
-class _Float64Torch:
+class Float64Torch:
     """The torch module in which float32 means float64."""
 
     float32 = float = torch.float64
@@ -117,7 +117,7 @@ def _precisely(code: ModuleType, dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.float64:
         yield
         return
-    with patch.object(code, "torch", _Float64Torch()), patch.object(Tensor, "float", Tensor.double):
+    with patch.object(code, "torch", Float64Torch()), patch.object(Tensor, "float", Tensor.double):
         yield
 
 

@@ -186,6 +186,8 @@ class Engine:
         plain = not (several and request.sampling.reads_text)
         require(plain, "sampling", request.sampling, "without penalties with several token tables")
         require(not (several and request.scores_prompt), "scores_prompt", True, "False with several token tables")
+        fits = not request.prefix or length <= self.tick_tokens
+        require(fits, "prompt", f"{length} tokens", f"at most tick_tokens ({self.tick_tokens}) with prefix")
         room = request.room(limit)
         needed, have = self.layout.most_rows(room), self.pages.n_free + self.pages.n_used - self.exact
         require(needed <= have, "prompt and max_tokens", f"{room} tokens, {needed} rows", f"at most {have} rows")
@@ -256,7 +258,10 @@ class Engine:
         parts: list[Part] = []
 
         def enter(sequence: Sequence) -> int:
-            n = min(self.chunk, len(sequence.tokens) - sequence.entered, room)
+            """How much room that takes: all, where a prefix waits for more."""
+            n = sequence.n_together or min(self.chunk, len(sequence.tokens) - sequence.entered, room)
+            if n > room:
+                return room
             if n > 0:
                 assert sequence.slot is not None
                 words.append(sequence.ids(n))
@@ -295,7 +300,7 @@ class Engine:
             known = self.prefixes.known(keys)
             if known < len(keys) and keys[known] in computing:  # another computes more of its prompt now
                 continue
-            sequence.slot = slot = self.tables.open(sequence.room)
+            sequence.slot = slot = self.tables.open(sequence.room, sequence.n_prefix)
             self.running.append(sequence)
             self.waiting.remove(sequence)
             sequence.entered = sequence.left = self.prefixes.give(keys, self.tables.rows[slot])
@@ -663,7 +668,8 @@ class Engine:
         x = self.lanes.get(held, lanes[:1]).expand(-1, len(tokens), -1) if x is None else x
         context = self.model.context(x, positions=positions)
         context = replace(context, exact=self.exact)
-        return _Together(tokens, lanes, context, planned(tokens, self.device, apart=self.exact) if layers else [])
+        plans = planned(tokens, self.device, prefix=self.tables.prefix, apart=self.exact) if layers else []
+        return _Together(tokens, lanes, context, plans)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)

@@ -94,17 +94,19 @@ class Layout:
 class Tables:
     """What the sequences under way hold, each in a slot of its own: rows (slot, kind, place), NONE where there is none
     yet. A token that has left the loop has the row of its last loop for all deeper ones. lanes (slot, place): of tokens
-    that wait for the coda, NONE of others; loops (slot, place): that tokens took."""
+    that wait for the coda, NONE of others; loops (slot, place): that tokens took; prefix (slot,): how many see each
+    other, both ways."""
 
     def __init__(self, layout: Layout, pages: Pages) -> None:
         self.layout, self.pages = layout, pages
         self.rows = np.full((0, layout.n_kinds, 0), NONE, np.int64)
         self.lanes = np.full((0, 0), NONE, np.int64)
         self.loops = np.zeros((0, 0), np.int64)
+        self.prefix = np.zeros(0, np.int64)
         self._free: list[int] = []
 
-    def open(self, n_places: int) -> int:
-        """A slot for a sequence of so many tokens."""
+    def open(self, n_places: int, prefix: int = 0) -> int:
+        """A slot for a sequence of so many tokens, of which the first `prefix` see each other."""
         n_slots, _, width = self.rows.shape
         more = 0 if self._free else max(4, n_slots)
         wider = max(n_places, 2 * width) - width if n_places > width else 0
@@ -112,8 +114,11 @@ class Tables:
             self.rows = np.pad(self.rows, ((0, more), (0, 0), (0, wider)), constant_values=NONE)
             self.lanes = np.pad(self.lanes, ((0, more), (0, wider)), constant_values=NONE)
             self.loops = np.pad(self.loops, ((0, more), (0, wider)))
+            self.prefix = np.pad(self.prefix, (0, more))
             self._free += range(n_slots + more - 1, n_slots - 1, -1)
-        return self._free.pop()
+        slot = self._free.pop()
+        self.prefix[slot] = prefix
+        return slot
 
     def close(self, slot: int) -> None:
         """Nothing is held there any more."""

@@ -45,6 +45,7 @@ class Request:
     constraint: Constraint | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
+    prefix: bool = False  # the prompt's tokens see each other, both ways, as a prefix LM is trained: they enter at once
     n_logprobs: int | None = None  # the token's log-probability comes back, and so many of the likeliest
     scores_prompt: bool = False  # and those of the prompt's tokens but the first, before the text
 
@@ -61,6 +62,8 @@ class Request:
                 check(name, getattr(self, name))
         ok = isinstance(self.scores_prompt, bool) and not (self.scores_prompt and self.n_logprobs is None)
         require(ok, "scores_prompt", self.scores_prompt, "False, or True with n_logprobs")
+        ok = isinstance(self.prefix, bool) and not (self.prefix and self.scores_prompt)
+        require(ok, "prefix", self.prefix, "False, or True without scores_prompt: each token would see the next one")
         least = self.min_loops
         ok = self.loop_budget is None or self.loop_budget >= least
         require(ok, "loop_budget", self.loop_budget, f"at least min_loops ({least})")
@@ -71,7 +74,9 @@ class Request:
     @property
     def needs_engine(self) -> bool:
         """Whether the engine alone can do it."""
-        return self.sampling.reads_text or any((self.constraint, self.loop_budget, self.draft, self.scores_prompt))
+        return self.sampling.reads_text or any(
+            (self.constraint, self.loop_budget, self.draft, self.scores_prompt, self.prefix)
+        )
 
     def room(self, max_seq_len: int) -> int:
         """Tokens of it that are computed with at most: the last is not."""
@@ -90,6 +95,8 @@ def check_request(config: ModelConfig, request: Request, *, n_loops: int, vocab_
     require_int("n_logprobs", request.n_logprobs or 0, 0, vocab_size)
     check_exit(config, request.exit)
     require(request.min_loops <= n_loops, "min_loops", request.min_loops, f"<= n_loops ({n_loops})")
+    layers = config.n_coda_layers  # whose tokens leave the loop one after the other
+    require(not (request.prefix and layers), "prefix", request.prefix, f"False with n_coda_layers = {layers}")
     if request.loop_budget is not None:
         ok = not config.is_plain and request.loop_budget <= n_loops
         require(ok, "loop_budget", request.loop_budget, f"at most n_loops ({n_loops}), of a model that loops")

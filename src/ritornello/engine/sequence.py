@@ -28,7 +28,9 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.n_prompt = self.n_sure = len(self.tokens)
         shared = prompt if request.loop_budget is None else prompt[:-1]  # whose depth is its own
-        self.keys = Prefixes.keys(shared, (n_loops, request.exit))
+        self.n_prefix = self.n_prompt if request.prefix else 0
+        whole = (prompt.tobytes(), request.loop_budget) if request.prefix else ()  # all of which each of its tokens saw
+        self.keys = Prefixes.keys(shared, (n_loops, request.exit, *whole))
         self.n_scored = 1 if request.scores_prompt else self.n_prompt  # of the prompt: the others are yet to be told
         self.loops = np.zeros(room, np.int64)  # that each token took
         self.matcher = matcher  # of what is sure
@@ -65,6 +67,11 @@ class Sequence:
         """Of the next n tokens, (n,) or (n, C)."""
         end = self.entered + n
         return self._prompt[self.entered : end] if end <= self.n_prompt else np.array(self.tokens[self.entered : end])
+
+    @property
+    def n_together(self) -> int:
+        """How many tokens see each other that have not entered."""
+        return max(self.n_prefix - self.entered, 0)
 
     def enter(self, n: int) -> tuple[Rows, Rows | int]:
         """The places of the next n tokens, and how many loops each may take."""

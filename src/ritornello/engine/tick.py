@@ -31,31 +31,34 @@ class Plan:
     is_row: bool  # see `ops.ragged`
 
 
-def planned(tokens: Tokens, device: torch.device, *, apart: bool = False) -> list[Plan]:
-    """Chunks of about equal length and span together. apart: each token by itself, over a span that depends on nothing
-    but its own place."""
+def planned(tokens: Tokens, device: torch.device, *, prefix: Rows | None = None, apart: bool = False) -> list[Plan]:
+    """Chunks of about equal length and span together. prefix (slot,): how many tokens there see each other, both ways.
+    apart: each token by itself, over a span that depends on nothing but its own place."""
+    seen = tokens.place + 1 if prefix is None else np.maximum(tokens.place + 1, prefix[tokens.slot])
     ends_here = np.ones(len(tokens), np.bool_)
     if not apart:
         ends_here[:-1] = (tokens.slot[1:] != tokens.slot[:-1]) | (tokens.loop[1:] != tokens.loop[:-1])
     ends = np.flatnonzero(ends_here) + 1
     sizes = np.diff(ends, prepend=0)
-    starts, spans = ends - sizes, tokens.place[ends - 1] + 1
+    starts, spans = ends - sizes, seen[ends - 1]
     which = np.arange(len(tokens))
     if not apart:
         alike = -(-spans // ALIKE) * len(tokens) + np.where(sizes == 1, 0, -(-sizes // CHUNKS))
         _, which = np.unique(alike, return_inverse=True)
     groups = [np.flatnonzero(which == i) for i in range(int(which.max()) + 1)]
-    return [_plan(tokens.place, starts[some], sizes[some], spans[some], apart, device) for some in groups]
+    return [_plan(seen, starts[some], sizes[some], spans[some], apart, device) for some in groups]
 
 
-def _plan(places: Rows, starts: Rows, sizes: Rows, spans: Rows, apart: bool, device: torch.device) -> Plan:
+def _plan(counts: Rows, starts: Rows, sizes: Rows, spans: Rows, apart: bool, device: torch.device) -> Plan:
+    """counts: how many entries each token sees."""
     longest = int(spans.max())
     longest = -(-longest // ALIKE) * ALIKE if apart else longest
     numbers = starts[:, None] + np.minimum(np.arange(sizes.max()), sizes[:, None] - 1)
-    seen = np.arange(longest) <= places[numbers][..., None]
+    seen = np.arange(longest) < counts[numbers][..., None]
     whole = not apart and (sizes == spans).all() and (spans == longest).all()  # prompts from their first token on
+    whole = whole and (counts[starts] == 1).all()  # of which each sees those before it
     mask = None if whole or (numbers.shape[1] == 1 and not apart and seen.all()) else to_device(seen, device)[:, None]
-    is_row = numbers.size == len(places) and np.array_equal(numbers.ravel(), np.arange(len(places)))
+    is_row = numbers.size == len(counts) and np.array_equal(numbers.ravel(), np.arange(len(counts)))
     return Plan(to_device(numbers, device), starts, spans, longest, mask, is_row)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ritornello import recipes
 from ritornello.config import MAX_SIZE, ModelConfig, pick, require
-from ritornello.hub import huginn, ouro
+from ritornello.hub import hrm_text, huginn, ouro
 from ritornello.hub.export import created, free, write_model
 from ritornello.hub.modeling import RitornelloForCausalLM
 from ritornello.hub.native import weight_files
@@ -21,7 +21,8 @@ from ritornello.train import tensors
 from ritornello.train.stored import Stored
 from ritornello.train.tokenizer import MAX_BYTES
 
-CONVERTERS: dict[str, ModuleType] = {"huginn_raven": huginn, "ouro": ouro}
+CONVERTERS: dict[str, ModuleType] = {"hrm_text": hrm_text, "huginn_raven": huginn, "ouro": ouro}
+CLASSES: dict[type[ModelConfig], type[RecurrentDepthTransformer]] = {hrm_text.HrmTextConfig: hrm_text.HrmText}
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,7 +43,7 @@ def read_published(path: str | Path) -> RecurrentDepthTransformer:
     path = Path(path)
     converter, config = _shape(path / "config.json")
     with torch.device("meta"):
-        model = RecurrentDepthTransformer(config)
+        model = CLASSES.get(type(config), RecurrentDepthTransformer)(config)
     stored = Stored(weight_files(path))
     expected = converter.to_theirs(model.state_dict(), config)
     found = {name: x for name, x in stored.described.items() if name in expected or name not in UNREAD}

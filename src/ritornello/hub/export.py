@@ -23,6 +23,7 @@ from ritornello.config import require
 from ritornello.engine.generate import Loaded, load
 from ritornello.hub.modeling import RitornelloForCausalLM
 from ritornello.hub.tokenizer import ends, padding_id, to_transformers
+from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import files
 
 MODELING = "ritornello.hub.modeling"
@@ -31,6 +32,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_ritornello.RitornelloModel",
     "AutoModelForCausalLM": "modeling_ritornello.RitornelloForCausalLM",
 }
+KEEP = "keep it as it was published, for read_published"
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -104,8 +106,10 @@ def tokenizer_of(loaded: Loaded) -> PreTrainedTokenizerFast:
 
 
 def write_model(model: RitornelloForCausalLM, folder: Path, *, dtype: torch.dtype | None, max_shard: str) -> None:
-    """Weights, configuration, code and card: all but the tokenizer."""
-    config = model.config.shape()
+    """Weights, configuration, code and card: all but the tokenizer. ValueError for a model that has a loop of its own,
+    of which neither the configuration nor the code would tell."""
+    config, kind = model.config.shape(), type(model.native)
+    require(kind is RecurrentDepthTransformer, "model", kind.__name__, "one whose loop a configuration says", KEEP)
     model.config.architectures, model.config.auto_map = [type(model).__name__], AUTO_MAP
     if dtype is not None:
         _round(model, dtype)
