@@ -87,7 +87,7 @@ class RitornelloConfig(PreTrainedConfig):
     def shape(self) -> ModelConfig:
         """The model's own configuration."""
         values: dict[str, Any] = {name: getattr(self, name) for name in SHAPE}
-        return ModelConfig(**values | {"lora_targets": tuple(self.lora_targets)})
+        return ModelConfig(**{n: tuple(x) if isinstance(SHAPE[n], tuple) else x for n, x in values.items()})
 
     @classmethod
     def of(cls, shape: ModelConfig, **options: Any) -> "RitornelloConfig":
