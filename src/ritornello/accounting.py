@@ -75,11 +75,10 @@ def _layer(c: ModelConfig, span: float, decode: bool, *, looped: bool) -> dict[s
     return parts
 
 
-def _value_embeddings(c: ModelConfig, *, looped: bool) -> Cost:
-    """Tables and gates of the layers that have them."""
-    first = c.n_prelude_layers
-    n = sum((first <= layer < first + c.n_recurrent_layers) == looped for layer in c.value_embeddings)
-    return (_value_table(c) + _matrix(c.value_gate_width, c.n_kv_heads)) * n
+def _value_embeddings(c: ModelConfig, first: int, n: int) -> Cost:
+    """Tables and gates of n layers, of those that have them."""
+    gate = _matrix(c.value_gate_width, c.n_kv_heads)
+    return (_value_table(c) + gate) * sum(first <= layer < first + n for layer in c.value_embeddings)
 
 
 def _value_table(c: ModelConfig) -> Cost:
@@ -93,9 +92,8 @@ def _once(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
     table, tied = c.vocab_size * c.dim, c.tie_embeddings
     return {
         "embedding": Cost(table * c.n_token_tables, (table - c.dim) * (c.n_token_tables - tied)),
-        "prelude": layer * c.n_prelude_layers,
-        "coda": layer * c.n_coda_layers,
-        "value_embeddings": _value_embeddings(c, looped=False),
+        "prelude": layer * c.n_prelude_layers + _value_embeddings(c, 0, c.n_prelude_layers),
+        "coda": layer * c.n_coda_layers + _value_embeddings(c, c.n_layers - c.n_coda_layers, c.n_coda_layers),
         "read_matrix": _matrix(c.dim, c.dim) if c.read_matrix else Cost(),
         "head": Cost(0 if tied else table, 0, table),
         "norms": Cost(c.dim) * (1 if c.is_plain else 1 + c.normalize_input + c.anchored),
@@ -115,7 +113,7 @@ def _per_loop(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
     }  # gates run on request only, as the probe
     return {
         **{name: cost * c.n_recurrent_layers for name, cost in _layer(c, span, decode, looped=True).items()},
-        "recurrent_value_embeddings": _value_embeddings(c, looped=True),
+        "value_embeddings": _value_embeddings(c, c.n_prelude_layers, c.n_recurrent_layers),
         "injection": {"lti": lti, "linear": linear, "add": Cost(), "none": Cost()}[c.injection],
         "carry": Cost(n * (n + 2), 0, n * (n + 1) * dim) if n > 1 else Cost(),
         "anchor": Cost(work=2 * table if c.anchored else 0),

@@ -25,17 +25,17 @@ from tests.hub.test_converters import written
 
 SMALL, APART, ADDED = SETTINGS["parcae"].values()
 F64 = torch.float64
-PUBLISHED: dict[str, tuple[int, int, int]] = {  # dim, heads, layers of each stack; parameters of theirs, on meta
-    "140m": (768, 6, 2),
-    "370m": (1024, 8, 4),
-    "770m": (1280, 10, 6),
-    "1.3b": (1536, 12, 8),
+PUBLISHED = {  # dim, heads, layers of each stack; parameters of theirs, built on meta
+    "140m": (768, 6, 2, 144_323_136),
+    "370m": (1024, 8, 4, 388_003_328),
+    "770m": (1280, 10, 6, 776_655_680),
+    "1.3b": (1536, 12, 8, 1_338_591_744),
 }
 
 
 def published(name: str) -> dict[str, Any]:
     """Its settings in `parcae_lm.configs`."""
-    dim, heads, n = PUBLISHED[name]
+    dim, heads, n, _ = PUBLISHED[name]
     shape = {"n_embd": dim, "num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": 4 * dim}
     shape |= {"recurrent_embedding_dimension": dim, "recurrent_intermediation_embedding_dimension": 4 * dim}
     layers = dict.fromkeys(("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda"), n)
@@ -92,10 +92,11 @@ def test_noise_is_of_the_size_of_theirs() -> None:
         assert abs(h.std() / theirs.std() - 1) < 0.02 and theirs.abs().max() <= 3 * std * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("name", "n"), [("140m", 1), ("370m", 1), ("770m", 1), ("1.3b", 1)])
-def test_as_many_parameters_as_theirs(name: str, n: int) -> None:
-    config = parcae.config_from(published(name))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_as_many_parameters_as_theirs(name: str) -> None:
+    config, n = parcae.config_from(published(name)), PUBLISHED[name][-1]
     assert count_parameters(config)["total"] == n
+    assert config.value_embeddings == tuple(range(1, config.n_layers, 2))
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config)
     assert sum(x.numel() for x in model.parameters()) == n
@@ -105,8 +106,10 @@ def test_every_tensor_of_the_smallest_has_its_partner() -> None:
     code = original("parcae", SMALL).model
     with torch.device("meta"):
         config = type(code.config)(**published("140m"), skip_initialization=True)
-        theirs = {name: x.shape for name, x in type(code)(config).state_dict().items()}
+        whole = type(code)(config)
         model = RecurrentDepthTransformer(parcae.config_from(published("140m")))
+    assert sum(x.numel() for x in whole.parameters()) == PUBLISHED["140m"][-1]
+    theirs = {name: x.shape for name, x in whole.state_dict().items()}
     found = {name: x.shape for name, x in parcae.to_theirs(model.state_dict(), model.config).items()}
     assert theirs.keys() - found.keys() == {"freqs_cis", "lm_head.weight"}
     assert found == {name: shape for name, shape in theirs.items() if name in found}
@@ -115,7 +118,7 @@ def test_every_tensor_of_the_smallest_has_its_partner() -> None:
 def test_the_engine_writes_what_one_pass_would() -> None:
     """Tokens that stop by themselves, which theirs have not: each in the engine as in the model."""
     model, rule = ours("parcae", SMALL, F64), ExitRule("delta", 1.0)
-    engine, prompts = Engine(model, chunk=4, tick_tokens=16), [tokens(1, n)[0].tolist() for n in (3, 7, 5)]
+    engine, prompts = Engine(model, n_loops=6, chunk=4, tick_tokens=16), [tokens(1, n)[0].tolist() for n in (3, 7, 5)]
     for prompt in prompts:
         wishes: Any = {"n_loops": 6, "exit": rule, "sampling": Sampling(temperature=0)}
         engine.submit(Request(prompt=prompt, max_tokens=8, **wishes))

@@ -46,8 +46,9 @@ def wild(row: dict, *, factor: float = 3.0) -> RecurrentDepthTransformer:
 @torch.no_grad()
 def measured(model: RecurrentDepthTransformer, loops: tuple[int, ...]) -> dict[int, float]:
     """The largest ‖h‖ over tokens within so many loops."""
-    x = model.embed(tokens_for(model.config, 3, 4))
-    context = model.context(x)
+    tokens = tokens_for(model.config, 3, 4)
+    x = model.embed(tokens)
+    context = model.context(x, tokens=tokens)
     e = model.prelude(x, context, Passing())
     largest, found = 0.0, {}
     for n, state in enumerate(model.iterate(e, context, Run(Depth.uniform(max(loops)))), 1):

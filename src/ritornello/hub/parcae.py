@@ -51,7 +51,7 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: something is missing, or of a kind that no published checkpoint has.
     """
-    theirs = {**DEFAULTS, **theirs}
+    theirs = {**DEFAULTS, **{name: value for name, value in theirs.items() if value is not None}}
     expect(theirs, block_class_name="TransformerPreNormBlock", norm_class_name="RMSNorm", mlp_class_name="BaseMLP")
     expect(theirs, nonlin_name="ReLU2", bias=False, clip_qkv=None, logit_softcap=None, mup_model_scaling_factor=1)
     dim, n_heads = count(theirs, "n_embd"), count(theirs, "num_attention_heads")
