@@ -15,6 +15,7 @@ from ritornello.config import ModelConfig
 from ritornello.model import attention, moe
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops import latent
 from ritornello.ops.attention import attention_ref
 from ritornello.ops.experts import experts_ref
 from tests.model.builders import build, every_kind, tiny, tokens_for
@@ -63,7 +64,8 @@ def counted(model: RecurrentDepthTransformer, *, training: bool, **options: Any)
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paths that define the operators, made of products that the counter knows."""
-    monkeypatch.setattr(attention, "attention", attention_ref)
+    for module in (attention, latent):
+        monkeypatch.setattr(module, "attention", attention_ref)
     monkeypatch.setattr(moe, "experts", lambda *tensors, exact: experts_ref(*tensors))
 
 
