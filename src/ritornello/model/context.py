@@ -65,8 +65,8 @@ class Context:
             return replace(self.select(some.rows), some=some)
         rope = None if self.rope is None else (some.take(self.rope[0]), some.take(self.rope[1]))
         key = None if self.key is None else self.key.select(some.rows)
-        tokens, places, documents = (some.take(x) for x in (self.tokens, self.positions, self.documents))
-        return Context(places, documents, some.seen(self.mask), rope, key, self.capture, tokens, some)
+        mask, tokens, documents = some.seen(self.mask), some.take(self.tokens), some.take(self.documents)
+        return Context(some.take(self.positions), documents, mask, rope, key, self.capture, tokens, some)
 
     def real(self) -> Tensor | None:
         """(B, T) bool, False at padding; None: no padding."""
