@@ -22,6 +22,7 @@ from ritornello.config import ModelConfig, Recipe
 from ritornello.model import attention as attention_module
 from ritornello.model import moe
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops import latent
 from ritornello.ops.experts import experts_grouped
 from ritornello.train.data import Batch
 from ritornello.train.optim import build_optimizers
@@ -172,6 +173,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(torch.nn.functional, "rms_norm", _Norm.apply),
         mock.patch.object(attention_module, "attention", attention),
+        mock.patch.object(latent, "attention", attention),
         mock.patch.object(moe, "experts", grouped),
     ):
         yield

@@ -2,6 +2,7 @@
 
     recpre/raven_modeling_minimal.py  raven_config_minimal.py    github.com/seal-rg/recurrent-pretraining, recpre/
     ouro/modeling_ouro.py  configuration_ouro.py                 github.com/LoopedLMs/ouro_rl, ouro_rl/modeling/
+    parcae/parcae_lm/ (whole)                                    github.com/sandyresearch/parcae
 
 It was written for transformers 4; what it misses in 5 is put in its place here, and its files stay as they are. Norms,
 rotary angles and logits force float32: to compare at 1e-9 it runs with float32 read as float64.
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +22,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ritornello.hub import huginn, ouro
+from ritornello.hub import huginn, ouro, parcae
 from ritornello.model.carry import initial_state
 from ritornello.model.rdt import RecurrentDepthTransformer
 
 FOLDER = Path(os.environ.get("RITORNELLO_ORIGINALS", Path(__file__).parents[1] / "originals"))
 FILES = {"huginn": "recpre/raven_modeling_minimal.py", "ouro": "ouro/modeling_ouro.py"}
-CONVERTERS = {"huginn": huginn, "ouro": ouro}
+FILES |= {"parcae": "parcae/parcae_lm/models/parcae/parcae.py"}
+CONVERTERS = {"huginn": huginn, "ouro": ouro, "parcae": parcae}
 Settings = dict[str, Any]
 
 
@@ -41,6 +44,19 @@ def _ouro(**changes: Any) -> Settings:
     rest = {"vocab_size": 23, "max_position_embeddings": 64, "num_hidden_layers": 2, "tie_word_embeddings": False}
     rest |= {"rope_theta": 10_000.0}
     return shape | rest | changes
+
+
+def _parcae(**changes: Any) -> Settings:
+    """Layers as in the published shapes: two, two, two, where tables and gates agree."""
+    shape = {"n_embd": 40, "num_attention_heads": 4, "intermediate_size": 56, "vocab_size": 23, "padding_multiple": 1}
+    shape |= {"block_size": 64, "n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 2, "n_layers_in_coda": 2}
+    kind = {"norm_class_name": "RMSNorm", "nonlin_name": "ReLU2", "init_strategy": "scaled-zero", "qk_norm": True}
+    kind |= {"init_orthogonal": True}  # scaled-zero fails without
+    kind |= {"tie_embeddings": True, "prelude_norm": True, "mean_recurrence": 3, "mean_backprop_depth": 2}
+    settings = shape | kind | changes
+    names = {"recurrent_embedding_dimension": "n_embd"}
+    names |= {"recurrent_intermediation_embedding_dimension": "intermediate_size"}
+    return settings | {name: settings[same] for name, same in names.items()}
 
 
 SETTINGS: dict[str, dict[str, Settings]] = {
@@ -60,6 +76,32 @@ SETTINGS: dict[str, dict[str, Settings]] = {
             num_hidden_layers=1, num_key_value_heads=1, head_dim=10, rope_theta=100.0, rms_norm_eps=1e-4
         ),
     },
+    "parcae": {
+        "as published, small": _parcae(),
+        "untied, linear, gates without tables": _parcae(
+            n_embd=36,
+            num_attention_heads=2,
+            tie_embeddings=False,
+            prelude_norm=False,
+            qk_bias=True,
+            n_layers_in_prelude=1,
+            n_layers_in_recurrent_block=3,
+            n_layers_in_coda=1,
+            mean_recurrence=4,
+            injection_type="linear",
+            rope_settings={"rope_base": 100},
+            norm_eps=1e-4,
+        ),
+        "added, scaled, from zero": _parcae(
+            injection_type="add",
+            qk_norm=False,
+            init_strategy="takase",
+            state_init="zero",
+            n_layers_in_recurrent_block=1,
+            mean_recurrence=2,
+            mean_backprop_depth=3,
+        ),
+    },
 }
 CASES = [(name, kind) for name, kinds in SETTINGS.items() for kind in kinds]
 
@@ -76,7 +118,7 @@ def fill(described: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     for k, (name, like) in enumerate(sorted(described.items())):
         i = torch.arange(like.numel(), dtype=torch.int64)
         x = ((i * i * 7919 + i * 104_729 + 15_485_863 * (k + 1)) % 1_000_003 / 500_001.5 - 1).view(like.shape)
-        norm, matrix = "norm" in name or "ln_f" in name, like.ndim == 2 and like.shape[0] > 1
+        norm, matrix = "norm" in name or "ln_" in name, like.ndim == 2 and like.shape[0] > 1
         found[name] = (1 + 0.4 * x if norm else x * (3 / like.shape[-1]) ** 0.5 if matrix else 0.7 * x).to(dtype)
     return found
 
@@ -145,8 +187,7 @@ class Huginn:
     def logits(self, ids: Tensor, n_loops: int, **options: Any) -> Tensor:
         """(B, T, V) from the noise that our model starts from: theirs is of another generator."""
         model = ours("huginn", self.model.config.to_dict(), self.dtype)
-        e = model.embed(ids)
-        start = initial_state("noise", e, model.context(e)).to(self.dtype)
+        start = _start(model, ids).to(self.dtype)
         with _precisely(self.code, self.dtype):
             return self.model(ids, input_states=start, num_steps=n_loops, **options).logits
 
@@ -179,7 +220,41 @@ class Ouro:
             return self.model(ids, **{"exit_at_step": n_loops - 1, **options}).logits
 
 
-ORIGINALS: dict[str, type[Huginn | Ouro]] = {"huginn": Huginn, "ouro": Ouro}
+class Parcae:
+    """parcae/parcae_lm with the weights of `fill`, nothing of it replaced: on a CPU its attention is torch's own. What
+    no layer reads, a gate without a table or the reverse, keeps what it was drawn as."""
+
+    model: nn.Module
+
+    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
+        self.settings, self.dtype = settings, dtype
+        if str(FOLDER / "parcae") not in sys.path:
+            sys.path.append(str(FOLDER / "parcae"))
+        self.code = _module("parcae_lm.modules.utils")  # angles, the one place that names float32
+        config = _module("parcae_lm.models.parcae.config").ParcaeConfig(**settings)
+        config.to_dict = lambda: asdict(config)
+        with _precisely(self.code, dtype):
+            self.model = config.construct_model().to(dtype).eval()
+        weights = theirs("parcae", settings, dtype)
+        unread = {name for name in self.model.state_dict() if parcae.UNREAD & {*name.split(".")}} - weights.keys()
+        _give(self.model, weights, {"freqs_cis", *unread, *(["lm_head.weight"] if settings["tie_embeddings"] else [])})
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, n_loops: int, **options: Any) -> Tensor:
+        """(B, T, V) from the noise that our model starts from: theirs is of another generator."""
+        start = _start(ours("parcae", self.settings, self.dtype), ids).to(self.dtype)
+        self.model.initialize_state = lambda _: start  # pyrefly: ignore
+        with _precisely(self.code, self.dtype):
+            found = self.model(ids, num_steps_pair=torch.tensor([n_loops, 0]), return_logits=True, **options)
+        return found["logits"]
+
+
+ORIGINALS: dict[str, type[Huginn | Ouro | Parcae]] = {"huginn": Huginn, "ouro": Ouro, "parcae": Parcae}
+
+
+def _start(model: RecurrentDepthTransformer, ids: Tensor) -> Tensor:
+    c, e = model.config, model.embed(ids)
+    return initial_state(c.initial_state, e, model.context(e, tokens=ids), c.noise_std)
 
 
 def _angles(config: Any, device: Any = None, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:

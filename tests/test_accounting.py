@@ -15,6 +15,7 @@ from ritornello.config import ModelConfig
 from ritornello.model import attention, moe
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops import latent
 from ritornello.ops.attention import attention_ref
 from ritornello.ops.experts import experts_ref
 from tests.model.builders import build, every_kind, tiny, tokens_for
@@ -63,7 +64,8 @@ def counted(model: RecurrentDepthTransformer, *, training: bool, **options: Any)
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paths that define the operators, made of products that the counter knows."""
-    monkeypatch.setattr(attention, "attention", attention_ref)
+    for module in (attention, latent):
+        monkeypatch.setattr(module, "attention", attention_ref)
     monkeypatch.setattr(moe, "experts", lambda *tensors, exact: experts_ref(*tensors))
 
 
@@ -80,7 +82,9 @@ def test_parameters(row: dict) -> None:
     modules = {"embedding": model.embed_tokens, "prelude": model.prelude_layers, "coda": model.coda_layers}
     for part, module in modules.items():
         assert counts["shares"].get(part, 0) == sum(p.numel() for p in module.parameters())
-    vocabulary = sum(p.numel() for n, p in model.named_parameters() if n.startswith(("embed_tokens", "head")))
+    tables = ("embed_tokens", "head"), "value_table.weight"
+    named = model.named_parameters()
+    vocabulary = sum(p.numel() for n, p in named if n.startswith(tables[0]) or n.endswith(tables[1]))
     assert counts["non_embedding"] == counts["total"] - vocabulary
 
 
@@ -89,6 +93,7 @@ def test_shares_of_the_recurrent_block(row: dict) -> None:
     model = build(row)
     parts = {"recurrent_attention": "self_attn", "routed_experts": ".experts.", "router": "router"}
     parts |= {"shared_experts": "shared_experts", "recurrent_ffn": ".mlp.", "recurrent_norms": "layernorm"}
+    parts["value_embeddings"] = ".value_"
     if model.config.ffn == "moe":
         del parts["recurrent_ffn"]
     shares = count_parameters(model.config)["shares"]
@@ -98,6 +103,8 @@ def test_shares_of_the_recurrent_block(row: dict) -> None:
         inside = {n: p for n, p in model.recurrent.named_parameters() if word in n and not n.endswith(DELTAS)}
         if part == "recurrent_norms":
             inside = {n: p for n, p in inside.items() if "self_attn" not in n}
+        if part == "recurrent_attention":
+            inside = {n: p for n, p in inside.items() if ".value_" not in n}
         assert shares.get(part, 0) == sum(p.numel() for p in inside.values()), part
 
 

@@ -66,12 +66,24 @@ def _layer(c: ModelConfig, span: float, decode: bool, *, looped: bool) -> dict[s
         used = c.n_active_experts * expert
         parts["routed_experts"] = Cost(c.n_experts * expert, c.n_experts * expert - used, used)
         parts["router"] = _matrix(c.dim, c.n_experts)
-    parts["shared_experts" if "router" in parts else "recurrent_ffn"] = _matrix(3 * c.dim, width)
+    n_matrices = 3 if c.activation == "swiglu" else 2
+    parts["shared_experts" if "router" in parts else "recurrent_ffn"] = _matrix(n_matrices * c.dim, width)
     if looped:
-        sizes = {"q": sum(q), "o": sum(o), "ffn": 3 * (c.dim + width) if width else 0}
+        sizes = {"q": sum(q), "o": sum(o), "ffn": n_matrices * (c.dim + width) if width else 0}
         delta = c.lora_rank * sum(sizes[target] for target in set(c.lora_targets))
         parts["lora"] = Cost(delta * c.n_loops, delta * (c.n_loops - 1), delta)
     return parts
+
+
+def _value_embeddings(c: ModelConfig, first: int, n: int) -> Cost:
+    """Tables and gates of n layers, of those that have them."""
+    gate = _matrix(c.value_gate_width, c.n_kv_heads)
+    return (_value_table(c) + gate) * sum(first <= layer < first + n for layer in c.value_embeddings)
+
+
+def _value_table(c: ModelConfig) -> Cost:
+    width = c.n_kv_heads * c.head_dim
+    return Cost(c.vocab_size * width, (c.vocab_size - 1) * width)
 
 
 def _once(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
@@ -80,8 +92,9 @@ def _once(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
     table, tied = c.vocab_size * c.dim, c.tie_embeddings
     return {
         "embedding": Cost(table * c.n_token_tables, (table - c.dim) * (c.n_token_tables - tied)),
-        "prelude": layer * c.n_prelude_layers,
-        "coda": layer * c.n_coda_layers,
+        "prelude": layer * c.n_prelude_layers + _value_embeddings(c, 0, c.n_prelude_layers),
+        "coda": layer * c.n_coda_layers + _value_embeddings(c, c.n_layers - c.n_coda_layers, c.n_coda_layers),
+        "read_matrix": _matrix(c.dim, c.dim) if c.read_matrix else Cost(),
         "head": Cost(0 if tied else table, 0, table),
         "norms": Cost(c.dim) * (1 if c.is_plain else 1 + c.normalize_input + c.anchored),
     }
@@ -100,6 +113,7 @@ def _per_loop(c: ModelConfig, span: float, decode: bool) -> dict[str, Cost]:
     }  # gates run on request only, as the probe
     return {
         **{name: cost * c.n_recurrent_layers for name, cost in _layer(c, span, decode, looped=True).items()},
+        "value_embeddings": _value_embeddings(c, c.n_prelude_layers, c.n_recurrent_layers),
         "injection": {"lti": lti, "linear": linear, "add": Cost(), "none": Cost()}[c.injection],
         "carry": Cost(n * (n + 2), 0, n * (n + 1) * dim) if n > 1 else Cost(),
         "anchor": Cost(work=2 * table if c.anchored else 0),
@@ -114,7 +128,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Any]:
     `non_embedding`, without vocabulary tables; `shares`, by part, a tied head counting as embedding."""
     parts = _once(config, 0, False) | _per_loop(config, 0, False)
     whole, shares = sum(parts.values(), Cost()), {name: cost.total for name, cost in parts.items() if cost.total}
-    rest = whole.total - parts["embedding"].total - parts["head"].total
+    tables = parts["embedding"].total + parts["head"].total + len(config.value_embeddings) * _value_table(config).total
+    rest = whole.total - tables
     return {"total": whole.total, "active": whole.total - whole.idle, "non_embedding": rest, "shares": shares}
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 Attention = Literal["gqa", "mla"]
 Positions = Literal["rope", "none"]
 Ffn = Literal["moe", "dense"]
+Activation = Literal["swiglu", "relu2"]
 Norm = Literal["pre", "pre_post", "sandwich"]
 Injection = Literal["lti", "linear", "add", "none"]
 Halting = Literal["none", "act", "gate", "state_gate", "kl", "delta", "entropy"]
@@ -86,6 +87,7 @@ def require_kinds(config: Any) -> None:
 
 
 MAX_SIZE, MAX_LAYERS = 2**20, 1024  # what a file may ask for: no product of three sizes is beyond what torch can count
+NOISE_STD = math.sqrt(2 / 5)  # of Huginn's initial state
 MAX_LOOPS = 4096  # a bound on what one request may cost, not on the model: the state stays bounded for any number
 
 
@@ -132,10 +134,13 @@ class ModelConfig:
     qk_rope_head_dim: int = 16  # MLA
     v_head_dim: int = 32  # MLA
     qk_bias: bool = False  # GQA: queries and keys are shifted before they turn
+    qk_norm: bool = False  # GQA: and are of root mean square 1 after it
+    value_embeddings: tuple[int, ...] = ()  # GQA: layers whose values have a part that the token alone gives, gated
     kv_sharing: KvSharing = "per_loop"  # "first": every loop reads the keys and values of loop 0
 
     ffn: Ffn = "moe"  # of the recurrent layers; prelude and coda are dense
     ffn_dim: int = 384
+    activation: Activation = "swiglu"  # "relu2": relu(x)² / 2 without a gate, where all layers are dense
     n_experts: int = 384
     n_active_experts: int = 8
     n_shared_experts: int = 1
@@ -158,7 +163,9 @@ class ModelConfig:
     decay_init: float = 0.5  # A at initialisation
     rho_max: float = 1 - 2**-8  # the largest A: the last number below 1 in bfloat16; converters of other models set 1
     input_init: float = 0.7  # B at initialisation: with A = .5 the state's size stays within [.7, 1.4] of e's
+    read_matrix: bool = False  # the coda reads C h instead of h
     initial_state: InitialState = "zeros"
+    noise_std: float = NOISE_STD  # of an initial state that is noise
     carry_streams: int = 1
     anchored: bool = False  # h <- norm(softmax(logits) E) after each loop
 
@@ -190,6 +197,7 @@ class ModelConfig:
         require_float("rope_theta", self.rope_theta, 1, open_low=True)
         require_float("dropout", self.dropout, 0, 0.99)
         require_float("router_scale", self.router_scale, 0, open_low=True)
+        require_float("noise_std", self.noise_std, 0, open_low=True)
         self._check_attention()
         self._check_experts()
         self._check_recurrence()
@@ -204,12 +212,20 @@ class ModelConfig:
             )
             rope_dim, name = self.head_dim, "head_dim"
         else:
-            require(not self.qk_bias, "qk_bias", self.qk_bias, "False with attention 'mla'")
+            for name in ("qk_bias", "qk_norm", "value_embeddings"):
+                value, none = getattr(self, name), type(getattr(self, name))()
+                require(value == none, name, value, f"{none} with attention 'mla'")
             for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
                 require_int(name, getattr(self, name), 1, MAX_SIZE)
             rope_dim, name = self.qk_rope_head_dim, "qk_rope_head_dim"
             require_int(name, rope_dim, 2, MAX_SIZE)
         require(self.positions == "none" or rope_dim % 2 == 0, name, rope_dim, "even with rotary positions")
+        layers = self.value_embeddings
+        ascending = all(type(i) is int for i in layers) and list(layers) == sorted(set(layers))
+        inside = ascending and all(0 <= i < self.n_layers for i in layers)
+        require(inside, "value_embeddings", layers, f"ascending numbers of the {self.n_layers} layers, from 0")
+        one = not layers or self.n_token_tables == 1
+        require(one, "n_token_tables", self.n_token_tables, "1 with value_embeddings")
         require_float("yarn_factor", self.yarn_factor, 1)
         require_int("yarn_length", self.yarn_length, 1, MAX_SIZE)
         require_float("yarn_slow", self.yarn_slow, 0, open_low=True)
@@ -218,6 +234,7 @@ class ModelConfig:
     def _check_experts(self) -> None:
         if self.ffn != "moe":
             return
+        require(self.activation == "swiglu", "activation", self.activation, "'swiglu' with ffn 'moe'")
         require_int("n_experts", self.n_experts, 1, MAX_SIZE)
         require_int("expert_dim", self.expert_dim, 1, MAX_SIZE)
         require_int("n_active_experts", self.n_active_experts, 1, self.n_experts)
@@ -246,6 +263,7 @@ class ModelConfig:
         if self.is_plain:
             require(self.halting == "none", "halting", self.halting, "'none' without recurrent layers")
             require(self.state_norm == "none", "state_norm", self.state_norm, "'none' without recurrent layers")
+            require(not self.read_matrix, "read_matrix", self.read_matrix, "False without recurrent layers")
         twice = self.anchored and self.state_norm == "loop"
         require(not twice, "state_norm", self.state_norm, "'none' or 'read' with an anchored state, which has its norm")
         require(
@@ -284,6 +302,11 @@ class ModelConfig:
         if self.attention == "mla":
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.n_kv_heads * self.head_dim
+
+    @property
+    def value_gate_width(self) -> int:
+        """Channels that the gate of a value embedding reads, as in Parcae."""
+        return min(32, self.dim)
 
     @property
     def rope_dim(self) -> int:

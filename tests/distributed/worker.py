@@ -29,6 +29,7 @@ from tests.train.small import batch, model_config, train_config
 
 HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 4}
 PLAIN: dict[str, Any] = {"lora_rank": 0, "loop_embedding": False, "ffn": "dense"}
+READING: dict[str, Any] = {"qk_norm": True, "read_matrix": True}
 STEPS = 50
 KINDS: dict[str, dict[str, Any]] = {
     "experts, tied": {"halting": "none"},
@@ -38,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "streams, mla": {"halting": "kl", "carry_streams": 2, "attention": "mla"},
     "idle experts": {"halting": "none", "n_experts": 64},
     "dense": {"halting": "none", "ffn": "dense"},
+    "values": {"halting": "none", "ffn": "dense", "activation": "relu2", "value_embeddings": (0, 1), **READING},
 }
 LONG = ("experts, tied", "act")
 FEW = ("experts, tied", "streams, mla")  # of those that several ways together try
@@ -115,6 +117,7 @@ def cases(config: ParallelConfig, size: int) -> list[Case]:
         long = LONG if config == ParallelConfig(shard=2) else LONG[:1]
         found += [(f"{kind}, {STEPS}", kind, STEPS, {}) for kind in long]
     left_out = {"plain"} if config.pipeline > 1 else {"plain", "dense"} if config.expert > 1 else set()
+    left_out |= {"values"} if max(config.pipeline, config.expert, config.tensor) > 1 else set()
     kinds = [kind for kind in KINDS if kind not in left_out]
     found += [(kind, kind, 1, {}) for kind in (kinds if single else FEW)]
     found += [(name, kind, 1, settings) for name, (kind, settings) in SETTINGS.items() if single]

@@ -20,6 +20,8 @@ HUGINN = {
     "qk_bias": True,
 }
 OURO = {"injection": "none", "state_norm": "loop", "normalize_input": False, "layers": (1, 2, 0), "lora_targets": ()}
+PARCAE = {"ffn": "dense", "activation": "relu2", "injection_matrix": True, "qk_norm": True, "read_matrix": True}
+PARCAE |= {"value_embeddings": (0, 1), "noise_std": 0.2, "initial_state": "noise"}
 KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and the exit rule
     "gqa": ({"halting": "none"}, None),
     "mla": ({"halting": "none", "attention": "mla"}, None),
@@ -34,6 +36,7 @@ KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and th
     "bias by loop": ({"halting": "none", "router_bias_per_loop": True, "positions": "none"}, None),
     "as Huginn": ({"halting": "none", "initial_state": "noise", "norm": "sandwich", **HUGINN}, "delta"),
     "as Ouro": ({"halting": "state_gate", "initial_state": "e", "norm": "pre_post", **OURO}, "cumulative"),
+    "as Parcae": ({"halting": "none", **PARCAE}, "delta"),
     "plain": ({"halting": "none", "layers": (2, 0, 1)}, None),
     "bare": ({"halting": "none", "layers": (0, 1, 0)}, None),
 }

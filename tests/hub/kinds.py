@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gate": {"ffn": "dense", "halting": "gate", "norm": "pre_post"},
     "act": {"ffn": "dense", "halting": "act", "read_out": "mixture", "initial_state": "e"},
     "streams": {"ffn": "dense", "carry_streams": 2, "injection": "linear", "initial_state": "noise"},
+    "values": {"ffn": "dense", "activation": "relu2", "qk_norm": True, "value_embeddings": (0, 2), "read_matrix": True},
     "plain": {"n_recurrent_layers": 0},
 }
 

@@ -18,7 +18,8 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 from tests.hub.at_hand import original
 
 every_case = pytest.mark.parametrize(("name", "kind"), CASES)
-TYPES = {"huginn": "huginn_raven", "ouro": "ouro"}
+TYPES = {"huginn": ("model_type", "huginn_raven"), "ouro": ("model_type", "ouro")}
+TYPES |= {"parcae": ("_class_name", "ParcaeConfig")}
 LOOPS = (1, 3, 6)
 
 
@@ -79,11 +80,16 @@ def test_token_by_token(name: str, kind: str) -> None:
 
 def written(folder: Path, name: str, **changes: Any) -> Path:
     """A published folder: weights in two files with their index."""
-    kind = next(iter(SETTINGS[name]))
+    kind, kind_of = next(iter(SETTINGS[name])), TYPES[name]
     weights = theirs(name, SETTINGS[name][kind], torch.float32)
     if name == "huginn":  # its files hold what follows from the rest, too
         weights |= {
             "freqs_cis": torch.ones(1, 64, 1, 3, 2),
+            "lm_head.weight": weights["transformer.wte.weight"].clone(),
+        }
+    if name == "parcae":
+        weights |= {
+            "freqs_cis": torch.ones(1, 64, 1, 5, 2),
             "lm_head.weight": weights["transformer.wte.weight"].clone(),
         }
     half = len(weights) // 2
@@ -92,7 +98,7 @@ def written(folder: Path, name: str, **changes: Any) -> Path:
         index |= dict.fromkeys(keys, file)
         save_file({key: weights[key].contiguous() for key in keys}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps({"model_type": TYPES[name], **SETTINGS[name][kind], **changes}))
+    (folder / "config.json").write_text(json.dumps({kind_of[0]: kind_of[1], **SETTINGS[name][kind], **changes}))
     return folder
 
 
@@ -122,6 +128,22 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("ouro", "layer_types", ["sliding_attention"], "layer_types"),
     ("ouro", "layer_types", [{}], "layer_types"),
     ("ouro", "hidden_act", "gelu", "hidden_act = 'gelu': must be 'silu'"),
+    ("parcae", "_class_name", "GPTConfig", "model_type = 'GPTConfig': must be one of"),
+    ("parcae", "norm_class_name", None, "norm_class_name = 'LayerNorm': must be 'RMSNorm'"),
+    ("parcae", "nonlin_name", "GELU", "nonlin_name = 'GELU': must be 'ReLU2'"),
+    ("parcae", "logit_softcap", 15.0, "logit_softcap = 15.0: must be None"),
+    ("parcae", "clip_qkv", 8, "clip_qkv = 8: must be None"),
+    ("parcae", "num_key_value_heads", 2, "num_key_value_heads = 2: must be 4"),
+    ("parcae", "recurrent_embedding_dimension", 32, "recurrent_embedding_dimension = 32: must be 40"),
+    ("parcae", "init_strategy", "llama", "init_strategy = 'llama': must be one of"),
+    ("parcae", "state_init", "unit", "state_init = 'unit': must be one of"),
+    ("parcae", "injection_type", "diagnal", "did you mean 'diagonal'?"),
+    ("parcae", "rope_settings", [1], "rope_settings = [1]: must be an object"),
+    ("parcae", "rope_settings", {"rope_condense_ratio": 2}, "rope_condense_ratio = 2: must be 1"),
+    ("parcae", "n_layers_in_coda", 10**12, "n_layers_in_coda = 1000000000000: must be an integer in [0, 1024]"),
+    ("parcae", "n_embd", 16, "n_embd = 16: must be >= 32"),
+    ("parcae", "prelude_norm", False, "not in this model"),
+    ("parcae", "mean_recurrence", None, "mean_recurrence = None: must be given"),
 ]
 
 

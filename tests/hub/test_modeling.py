@@ -26,7 +26,12 @@ def test_logits_are_the_models_own(kind):
     deeper = found(x, n_loops=5)
     assert torch.equal(deeper.logits, found.native(x, n_loops=5).logits)
     assert kind == "plain" or not torch.equal(deeper.logits, out.logits)
-    assert torch.equal(found(inputs_embeds=found.get_input_embeddings()(x)).logits, out.logits)
+    embedded = found.get_input_embeddings()(x)
+    if kind == "values":
+        with pytest.raises(ValueError, match="tokens = None: must be given, and not inputs_embeds"):
+            found(inputs_embeds=embedded)
+    else:
+        assert torch.equal(found(inputs_embeds=embedded).logits, out.logits)
     torch.testing.assert_close(found(x, logits_to_keep=2).logits, out.logits[:, -2:], **ROUNDED)
 
 
@@ -139,13 +144,13 @@ def test_in_bfloat16_what_must_stays_float32(tmp_path):
     assert found(tokens()).logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["moe", "gate", "plain"])
+@pytest.mark.parametrize("kind", ["moe", "gate", "plain", "values"])
 def test_hidden_states_are_those_of_each_loop(kind):
     found, x = model(kind), tokens()
     out = found(x, output_hidden_states=True)
     assert torch.equal(out.logits, found(x).logits)
     n = 0 if kind == "plain" else 1 + found.config.n_loops
-    assert len(out.hidden_states) == 2 + n
+    assert len(out.hidden_states) == 2 + n and torch.equal(out.hidden_states[0], found.native.embed(x))
     assert torch.equal(found.native.logits(out.hidden_states[-1]), out.logits)
     if kind != "plain":
         own = found.native(x, trajectory=True)
@@ -212,6 +217,11 @@ def test_a_vocabulary_grows():
         after = found(x).logits
         assert after.shape[-1] == 120 and torch.equal(after[..., :99], before)
         assert found(torch.full((1, 2), 119)).logits.isfinite().all()
+
+
+def test_a_vocabulary_that_layers_read_too_does_not():
+    with pytest.raises(ValueError, match="vocab_size = 120: must be 99 with value_embeddings"):
+        model("values").resize_token_embeddings(120)
 
 
 def test_what_is_missing_is_drawn_and_nothing_else(tmp_path):

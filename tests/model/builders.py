@@ -43,6 +43,11 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "tie_embeddings": (True, False),
     "embedding_scale": (1.0, 3.0),
     "qk_bias": (False, True),
+    "qk_norm": (False, True),
+    "value_embeddings": ((), (0, 2)),
+    "activation": get_args(settings.Activation),
+    "read_matrix": (False, True),
+    "noise_std": (settings.NOISE_STD, 0.1),
     "normalize_input": (True, False),
     "state_norm": get_args(settings.StateNorm),
     "layers": ((1, 1, 1), (0, 2, 1), (1, 2, 0)),
@@ -134,8 +139,15 @@ def repaired(row: Row, pair: tuple[Choice, Choice]) -> Row:
         row["carry_streams"] = 1
     if row["anchored"] and row["state_norm"] == "loop" and "state_norm" not in fixed:
         row["state_norm"] = "none"
-    if row["attention"] == "mla" and "qk_bias" not in fixed:
-        row["qk_bias"] = False
+    for name in ("qk_bias", "qk_norm", "value_embeddings"):
+        if row["attention"] == "mla" and name not in fixed:
+            row[name] = FACTORS[name][0]
+    undone: Row = {}
+    if row["value_embeddings"] and row["n_token_tables"] > 1:
+        undone = {"n_token_tables": 1, "value_embeddings": ()}
+    row |= dict([(name, value) for name, value in undone.items() if name not in fixed][:1])
+    undone = {"ffn": "dense", "activation": "swiglu"} if row["ffn"] == "moe" and row["activation"] == "relu2" else {}
+    row |= dict([(name, value) for name, value in undone.items() if name not in fixed][:1])
     return row
 
 

@@ -24,6 +24,7 @@ KNOWN = {
     "norm": ("pre", "pre_post", "sandwich"),
     "initial_state": ("zeros", "e", "noise"),
     "state_norm": ("none", "read", "loop"),
+    "activation": ("swiglu", "relu2"),
 }
 
 
@@ -40,6 +41,7 @@ class Token:
     position: int
     document: int
     chunk: int
+    id: int
     entries: dict[int, list[tuple[list[Tensor], list[Tensor]]]] = field(default_factory=dict)
 
 
@@ -104,7 +106,7 @@ class _Oracle:
         rows = []
         for i, budget in enumerate(n_loops):
             starts = [s for s in range(i + 1) if documents[s] == documents[i]]
-            self.tokens.append(Token(i - starts[0], documents[i], chunks[i]))
+            self.tokens.append(Token(i - starts[0], documents[i], chunks[i], int(ids[i].flatten()[0])))
             rows.append(self.token(ids[i], budget))
         logits, used, weights, states = zip(*rows, strict=True)
         return Answer(torch.stack(logits), list(used), list(weights), list(states))
@@ -120,6 +122,7 @@ class _Oracle:
             e = rms_norm(m.input_norm, x) if self.config.normalize_input else x
             x, used, weights, states = self.recur(e, budget)
         x = rms_norm(m.norm, x) if self.config.state_norm == "read" else x
+        x = m.read_matrix.weight @ x if self.config.read_matrix else x
         for layer in m.coda_layers:
             x = self.layer(layer, x, 0, 0, None)
         done = self.config.state_norm == "loop" and not m.coda_layers
@@ -155,7 +158,7 @@ class _Oracle:
         for counter in (0, self.tokens[-1].position, 0):  # step, position, purpose
             key = fold(key, counter)
         keys = torch.stack([fold(key, channel) for channel in range(c.dim)])
-        return math.sqrt(2 / 5) * normal(keys).clamp(-3, 3).double()
+        return c.noise_std * normal(keys).clamp(-3, 3).double()
 
     def loop(self, h: Tensor, e: Tensor, loop: int) -> Tensor:
         """h (streams, D)."""
@@ -234,7 +237,14 @@ class _Oracle:
         c = self.config
         queries = [self.rotated(q) for q in linear(a.q_proj, x, table).split(c.head_dim)]
         keys = [self.rotated(k) for k in linear(a.k_proj, x, table).split(c.head_dim)]
-        values = linear(a.v_proj, x, table).split(c.head_dim)
+        if c.qk_norm:
+            queries, keys = ([y / y.square().mean().sqrt() for y in heads] for heads in (queries, keys))
+        values = list(linear(a.v_proj, x, table).split(c.head_dim))
+        if a.layer in c.value_embeddings:
+            rows = a.value_table.weight[self.tokens[-1].id].split(c.head_dim)
+            for head, row in enumerate(rows):
+                gate = 2 / (1 + (-(a.value_gate.weight[head] @ x[:32])).exp())
+                values[head] = values[head] + gate * row
         group = c.n_heads // c.n_kv_heads
         return queries, [keys[h // group] for h in range(c.n_heads)], [values[h // group] for h in range(c.n_heads)]
 
@@ -253,7 +263,9 @@ class _Oracle:
 
     def ffn(self, mlp: nn.Module, x: Tensor, table: int) -> Tensor:
         if not hasattr(mlp, "router"):
-            hidden = swiglu(linear(mlp.gate_proj, x, table), linear(mlp.up_proj, x, table))
+            up = linear(mlp.up_proj, x, table)
+            relu2 = self.config.activation == "relu2"
+            hidden = up.clamp(min=0) ** 2 / 2 if relu2 else swiglu(linear(mlp.gate_proj, x, table), up)
             return linear(mlp.down_proj, hidden, table)
         y = torch.zeros_like(x) if mlp.shared_experts is None else self.ffn(mlp.shared_experts, x, table)
         for expert, weight in self.choices(mlp.router, x, table):

@@ -1,5 +1,6 @@
 """What a caller may get wrong: one ValueError that names field, value and what is allowed, and nothing else changes."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,32 @@ def test_embeds(shape: tuple[int, ...]) -> None:
 
 def test_not_both() -> None:
     refused("tokens = ", TOKENS, inputs_embeds=torch.zeros(2, 3, 16))
+
+
+def test_value_embeddings_read_ids() -> None:
+    model = build({"value_embeddings": (0,)})
+    with pytest.raises(ValueError, match="tokens = None: must be given, and not inputs_embeds, with value_embeddings"):
+        model(inputs_embeds=model.embed(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value_embeddings": (1, 0)}, "value_embeddings = (1, 0): must be ascending numbers of the 3 layers, from 0"),
+        ({"value_embeddings": (3,)}, "value_embeddings = (3,): must be ascending"),
+        ({"value_embeddings": (True,)}, "value_embeddings = (True,): must be ascending"),
+        ({"value_embeddings": (0,), "n_token_tables": 2}, "n_token_tables = 2: must be 1 with value_embeddings"),
+        ({"value_embeddings": (0,), "attention": "mla"}, "value_embeddings = (0,): must be () with attention 'mla'"),
+        ({"qk_norm": True, "attention": "mla"}, "qk_norm = True: must be False with attention 'mla'"),
+        ({"activation": "relu2"}, "activation = 'relu2': must be 'swiglu' with ffn 'moe'"),
+        ({"read_matrix": True, "layers": (1, 0, 1)}, "read_matrix = True: must be False without recurrent layers"),
+        ({"noise_std": 0.0}, "noise_std = 0.0: must be"),
+    ],
+    ids=str,
+)
+def test_shapes_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny(**changes)
 
 
 def test_nan_stays_in_its_sequence() -> None:

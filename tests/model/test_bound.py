@@ -27,6 +27,8 @@ KINDS: dict[str, dict] = {
     "norm of each loop": {"state_norm": "loop", "injection": "none", "initial_state": "e"},
     "softmax, free weights": {"router_score": "softmax", "normalize_expert_weights": False, "router_scale": 2.5},
     "one loop's tables": {"n_loops": 1},
+    "as Parcae": {"ffn": "dense", "activation": "relu2", "value_embeddings": (0, 1), "qk_norm": True},
+    "as Parcae, no norm of e": {"value_embeddings": (0, 1), "normalize_input": False, "initial_state": "noise"},
 }
 
 
@@ -44,8 +46,9 @@ def wild(row: dict, *, factor: float = 3.0) -> RecurrentDepthTransformer:
 @torch.no_grad()
 def measured(model: RecurrentDepthTransformer, loops: tuple[int, ...]) -> dict[int, float]:
     """The largest ‖h‖ over tokens within so many loops."""
-    x = model.embed(tokens_for(model.config, 3, 4))
-    context = model.context(x)
+    tokens = tokens_for(model.config, 3, 4)
+    x = model.embed(tokens)
+    context = model.context(x, tokens=tokens)
     e = model.prelude(x, context, Passing())
     largest, found = 0.0, {}
     for n, state in enumerate(model.iterate(e, context, Run(Depth.uniform(max(loops)))), 1):
@@ -105,6 +108,8 @@ def test_bound_counts_the_parts() -> None:
         with torch.no_grad():
             model.get_parameter(name).mul_(10)
         assert model.state_bound(64) > before, name
+    table = wild({"ffn": "dense", "value_embeddings": (1,)})
+    assert table.state_bound(64) > before
 
 
 def test_bound_needs_no_forgetting_factor_below_one() -> None:

@@ -5,6 +5,7 @@ import torch
 
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops.latent import absorbed, absorbs, expanded
 from tests.model.builders import build, close, differ, every_kind, lively, rules_for, tokens_for
 
 T = 5
@@ -95,12 +96,13 @@ def test_last_keeps_one_slot_and_is_exact_within_a_pass() -> None:
 def test_mla_decodes_absorbed_what_it_prefilled_expanded() -> None:
     model = build({"attention": "mla"})
     attention = model.recurrent[0].self_attn
-    assert not attention.absorbs(64, 64) and attention.absorbs(1, 64)
+    widths, weight, how = attention.widths, attention.kv_b_proj.weight, {"mask": None, "scale": attention.scale}
+    assert not absorbs(64, 64, widths) and absorbs(1, 64, widths)
     nope, rotary = torch.randn(2, 4, 3, 6, dtype=torch.float64), torch.randn(2, 4, 3, 4, dtype=torch.float64)
     entries = torch.randn(2, 3, 14, dtype=torch.float64)
-    y = attention.absorbed(nope, rotary, entries, None)
-    close(y, attention.expanded(nope, rotary, entries, None))
-    differ(y, attention.expanded(nope, rotary, entries + 1e-3, None))
+    y = absorbed(nope, rotary, entries, weight, widths, **how)
+    close(y, expanded(nope, rotary, entries, entries[..., :10] @ weight.T, widths, **how))
+    differ(y, expanded(nope, rotary, entries, (entries[..., :10] + 1e-3) @ weight.T, widths, **how))
 
 
 def test_widths_hold_no_more_than_they_must() -> None:

@@ -128,7 +128,7 @@ def unrolled(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int, cut
     """Logits of a stack of n_loops · R tied layers, written out."""
     c = model.config
     x = model.embed(tokens)
-    context = build_context(c, x)
+    context = build_context(c, x, tokens=tokens)
     e = model.prelude(x, context, Passing())
     h = model.start(e, context, torch.arange(len(x)), Run(Depth.uniform(n_loops))).h
     first, total, left = None, torch.zeros_like(e), torch.ones_like(e[..., :1])

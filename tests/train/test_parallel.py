@@ -1,6 +1,7 @@
 """One process is a world in which nothing is sent; what several do is in tests/distributed."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from ritornello import recipes
 from ritornello.config import ParallelConfig
 from ritornello.model.rdt import RecurrentDepthTransformer
-from ritornello.train import parallel
+from ritornello.train import parallel, pipeline, tensor_parallel
 from ritornello.train.parallel import ALONE, World, clip_gradients, world
 from tests.train.small import model_config
 
@@ -79,3 +80,13 @@ def test_the_layout_is_a_table_of_the_recipe() -> None:
     assert recipes.from_json(recipes.to_json(recipe)) == recipe
     with pytest.raises(ValueError, match=r"parallel.replicate = 0"):
         recipes.from_mapping({"parallel": {"replicate": 0}})
+
+
+def test_tables_that_layers_read_are_not_cut() -> None:
+    """Nor do ids travel through a pipeline."""
+    model = RecurrentDepthTransformer(model_config(halting="none", value_embeddings=(0,)))
+    tensor_parallel.check(model.config, 1)
+    with pytest.raises(ValueError, match=r"parallel\.tensor = 2: must be 1 with model\.value_embeddings"):
+        tensor_parallel.check(model.config, 2)
+    with pytest.raises(ValueError, match=r"parallel\.pipeline = 2: must be 1 with model\.value_embeddings"):
+        pipeline.divide(model, SimpleNamespace(n=2))

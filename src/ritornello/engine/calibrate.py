@@ -210,7 +210,7 @@ def signals(model: RecurrentDepthTransformer, batch: Batch, goal: Goal) -> Array
     never = ExitRule(goal.rule, 1.0, min_loops=goal.n_loops)
     run = Run(Depth.uniform(goal.n_loops), exit=never)
     x = model.embed(tokens)
-    context = model.context(x, documents=documents)
+    context = model.context(x, tokens=tokens, documents=documents)
     e = model.prelude(x, context, Passing())
     before, found = model.start(e, context, torch.arange(len(x), device=x.device), run), []
     for now in model.iterate(e, context, run):

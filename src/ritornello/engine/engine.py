@@ -321,6 +321,9 @@ class Engine:
         model, all_new = self.model, self._filled(new)
         ids = np.concatenate((ids, np.zeros((len(all_new) - len(new), *ids.shape[1:]), ids.dtype)))
         x = model.embed(self._tensor(ids)[None])
+        if model.config.value_embeddings:
+            self.lanes.put("ids", self._tensor(all_new.lane), self._tensor(ids)[None])
+            self._before = None  # its lanes may have other tokens now
         together = self._together(all_new, self.layout.prelude, x)
         lanes, context = together.lanes, together.context
         e = model.prelude(x, context, Tick(self.tables, all_new, together.plans))
@@ -328,7 +331,7 @@ class Engine:
             self.lanes.put(self.read, lanes, e)
             self._sort_out(np.isin(self.active.lane, new.lane), np.ones(len(new), np.bool_))
             return
-        h = initial_state(model.config.initial_state, e, context)
+        h = initial_state(model.config.initial_state, e, context, model.config.noise_std)
         self.lanes.put("h", lanes, model.carry.expand(h))
         self.lanes.put("e", lanes, e)
         kinds = np.unique(new.rule)
@@ -666,7 +669,8 @@ class Engine:
         """Before these layers. x (1, N, D): anything of theirs, for its shape and type; else a lane's by this name."""
         lanes, positions = self._tensor(tokens.lane), self._tensor(tokens.place)[None]
         x = self.lanes.get(held, lanes[:1]).expand(-1, len(tokens), -1) if x is None else x
-        context = self.model.context(x, positions=positions)
+        ids = self.lanes.get("ids", lanes) if self.model.config.value_embeddings else None
+        context = self.model.context(x, tokens=ids, positions=positions)
         context = replace(context, exact=self.exact)
         plans = planned(tokens, self.device, prefix=self.tables.prefix, apart=self.exact) if layers else []
         return _Together(tokens, lanes, context, plans)

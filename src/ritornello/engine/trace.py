@@ -102,7 +102,8 @@ def _traces(
         if start < first:
             yield []
         else:
-            found = _readings(model, cache, states, used, hidden, start, (n_top, vocab_size, chunk))
+            ids = torch.tensor(text[start:stop], device=weight.device)
+            found = _readings(model, cache, states, used, hidden, start, ids, (n_top, vocab_size, chunk))
             rows = zip(text[start + 1 : stop + 1], used, found, strict=True)
             yield [TokenTrace(token, loops, tuple(readings)) for token, loops, readings in rows]
         start = stop
@@ -116,7 +117,7 @@ def _pass(
     cache = run.cache
     assert cache is not None
     x = model.embed(ids)
-    context = model.context(x, cache=cache)
+    context = model.context(x, tokens=ids, cache=cache)
     h, states, used = model.prelude(x, context, cache), [], [0] * ids.shape[1]
     if not model.config.is_plain:
         state = None
@@ -144,6 +145,7 @@ def _readings(
     used: list[int],
     hidden: Tensor,
     start: int,
+    ids: Tensor,
     how: tuple[int, int, int],
 ) -> list[list[LoopReading]]:
     """By token, then by loop. The last is read of `hidden`; those before pass the coda, `size` states at a time."""
@@ -152,8 +154,8 @@ def _readings(
     early = [(loop, i) for i, n in enumerate(used) for loop in range(n - 1)]
     for some in (early[at : at + size] for at in range(0, len(early), size)):
         h = torch.stack([states[loop][i] for loop, i in some])
-        places = torch.tensor([start + i for _, i in some], device=h.device)
-        read = _read(model, _beside(model, h, places, cache), n_top, vocab_size)
+        here = torch.tensor([i for _, i in some], device=h.device)
+        read = _read(model, _beside(model, h, ids[here], start + here, cache), n_top, vocab_size)
         for (_, i), reading in zip(some, read, strict=True):
             found[i].append(reading)
     for i, reading in enumerate(_read(model, hidden, n_top, vocab_size)):
@@ -172,10 +174,10 @@ class _Beside(KeyValues):
         return torch.cat((before, entry.to(before.dtype)), 1)
 
 
-def _beside(model: RecurrentDepthTransformer, h: Tensor, places: Tensor, cache: Cache) -> Tensor:
-    """States h (N, D) of tokens at these places (N,) through the coda: hidden (N, D). Each sees what the tokens before
-    it left in the cache, and itself as it is here."""
-    context = model.context(h[None], positions=places[None])
+def _beside(model: RecurrentDepthTransformer, h: Tensor, ids: Tensor, places: Tensor, cache: Cache) -> Tensor:
+    """States h (N, D) of tokens with these ids (N,) and places (N,) through the coda: hidden (N, D). Each sees what the
+    tokens before it left in the cache, and itself as it is here."""
+    context = model.context(h[None], tokens=ids[None], positions=places[None])
     before = torch.arange(cache.length, device=h.device) < places[:, None]
     itself = torch.eye(len(h), dtype=torch.bool, device=h.device)
     context = replace(context, mask=torch.cat((before, itself), 1)[None, None])

@@ -87,7 +87,8 @@ class RitornelloConfig(PreTrainedConfig):
     def shape(self) -> ModelConfig:
         """The model's own configuration."""
         values: dict[str, Any] = {name: getattr(self, name) for name in SHAPE}
-        return ModelConfig(**values | {"lora_targets": tuple(self.lora_targets)})
+        tuples: dict[str, Any] = {name: tuple(values[name]) for name in SHAPE if isinstance(SHAPE[name], tuple)}
+        return ModelConfig(**values | tuples)
 
     @classmethod
     def of(cls, shape: ModelConfig, **options: Any) -> "RitornelloConfig":

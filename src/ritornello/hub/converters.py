@@ -1,6 +1,7 @@
-"""Published looped models as ours: one module for each, by the `model_type` that its config.json names.
+"""Published looped models as ours: one module for each, by the `model_type`, or `_class_name`, of its config.json.
 
-A module has `config_from(config.json) -> ModelConfig`, `from_theirs(tensors, config)` and `to_theirs`, its inverse.
+A module has `config_from(config.json) -> ModelConfig`, `from_theirs(tensors, config)` and `to_theirs`, its inverse;
+perhaps `UNREAD`, parts of the names of tensors that a file may have for no layer.
 Nothing in a folder is trusted: no code, no pickle, no file beside it.
 """
 
@@ -12,7 +13,7 @@ import torch
 
 from ritornello import recipes
 from ritornello.config import MAX_SIZE, ModelConfig, pick, require
-from ritornello.hub import hrm_text, huginn, ouro
+from ritornello.hub import hrm_text, huginn, ouro, parcae
 from ritornello.hub.export import created, free, write_model
 from ritornello.hub.modeling import RitornelloForCausalLM
 from ritornello.hub.native import weight_files
@@ -21,7 +22,12 @@ from ritornello.train import tensors
 from ritornello.train.stored import Stored
 from ritornello.train.tokenizer import MAX_BYTES
 
-CONVERTERS: dict[str, ModuleType] = {"hrm_text": hrm_text, "huginn_raven": huginn, "ouro": ouro}
+CONVERTERS: dict[str, ModuleType] = {
+    "hrm_text": hrm_text,
+    "huginn_raven": huginn,
+    "ouro": ouro,
+    "ParcaeConfig": parcae,
+}
 CLASSES: dict[type[ModelConfig], type[RecurrentDepthTransformer]] = {hrm_text.HrmTextConfig: hrm_text.HrmText}
 TOKENIZER = (
     "tokenizer.json",
@@ -46,7 +52,8 @@ def read_published(path: str | Path) -> RecurrentDepthTransformer:
         model = CLASSES.get(type(config), RecurrentDepthTransformer)(config)
     stored = Stored(weight_files(path))
     expected = converter.to_theirs(model.state_dict(), config)
-    found = {name: x for name, x in stored.described.items() if name in expected or name not in UNREAD}
+    idle = {*UNREAD, *(name for name in stored.described if {*name.split(".")} & getattr(converter, "UNREAD", set()))}
+    found = {name: x for name, x in stored.described.items() if name in expected or name not in idle}
     tensors.check(found, tensors.in_types_of(found, expected), stored.source)
     model.load_state_dict(converter.from_theirs(stored.read(), config), assign=True)
     return model.eval()
@@ -86,7 +93,7 @@ def _ids(source: Path) -> dict[str, Any]:
 def _shape(source: Path) -> tuple[ModuleType, ModelConfig]:
     body = recipes.read_object(source)
     try:
-        converter = pick(CONVERTERS, str(body.get("model_type")), "model_type")
+        converter = pick(CONVERTERS, str(body.get("model_type", body.get("_class_name"))), "model_type")
         return converter, converter.config_from(body)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None

@@ -94,6 +94,9 @@ class RitornelloPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         assert isinstance(value, nn.Embedding)
+        shape, fits = self.native.config, value.num_embeddings == self.native.config.vocab_size
+        n = shape.vocab_size
+        require(fits or not shape.value_embeddings, "vocab_size", value.num_embeddings, f"{n} with value_embeddings")
         self.native.embed_tokens[0] = value
         self.native.config = replace(self.native.config, vocab_size=value.num_embeddings)
 
@@ -157,7 +160,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
         output_hidden_states = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds if c.embedding_scale == 1 else inputs_embeds * c.embedding_scale
-        elif output_hidden_states and input_ids is not None:
+        elif output_hidden_states and input_ids is not None and not c.value_embeddings:
             inputs_embeds, input_ids = self.rdt.embed(input_ids), None
         given = inputs_embeds if input_ids is None else input_ids
         require(given is not None and given.ndim > 1, "input_ids", None, "(B, T), or else inputs_embeds (B, T, D)")
@@ -186,7 +189,7 @@ class RitornelloModel(RitornelloPreTrainedModel):
         return RitornelloOutput(
             last_hidden_state=out.hidden,
             past_key_values=cache,
-            hidden_states=self._states(inputs_embeds, capture, out) if capture is not None else None,
+            hidden_states=None if capture is None else self._states(given, capture, out),
             loops_used=out.loops_used,
             balance_loss=out.aux.get("balance"),
             ponder_loss=out.aux.get("ponder"),
@@ -201,8 +204,8 @@ class RitornelloModel(RitornelloPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and not packed
         return DynamicCache() if use_cache and not (self.gradient_checkpointing and self.training) else None
 
-    def _states(self, embedded: Tensor | None, capture: Capture, out: Output) -> tuple[Tensor, ...]:
-        assert embedded is not None
+    def _states(self, given: Tensor, capture: Capture, out: Output) -> tuple[Tensor, ...]:
+        embedded = given if given.is_floating_point() else self.rdt.embed(given)  # which layers read beside their ids
         e = [x for _, x in capture.tensors.get("e", [])]
         loops = [self.rdt.read_out(state) for state in out.trajectory or []]
         return (embedded, *e, *loops, out.hidden)

@@ -58,22 +58,27 @@ ALL_PARALLEL_STYLES.register(ROWS, Rows())  # pyrefly: ignore
 
 
 def tensor_plan(c: ModelConfig) -> Plan:
-    """Each process has some heads of the attention, some columns of each feed-forward network and each expert."""
+    """Each process has some heads of the attention, some columns of each feed-forward network and each expert. With
+    value embeddings, whose tables no style cuts, attention is whole."""
     plan = {"rdt.embed_tokens.*": "replicate"} | ({} if c.tie_embeddings else {"rdt.head": "replicate"})
     for layer, looped in _layers(c):
-        attention, network = f"{layer}.self_attn", f"{layer}.mlp"
-        columns = ["q_b_proj" if c.attention == "mla" and c.q_lora_rank else "q_proj"]
-        columns += ["k_proj", "v_proj"] if c.attention == "gqa" else ["kv_b_proj"]
-        plan |= {f"{attention}.{name}": COLUMNS for name in columns} | {f"{attention}.o_proj": ROWS}
-        if c.attention == "mla":
-            plan[f"{attention}.kv_a_proj_with_mqa"] = "mla_kv_a_proj"
+        network = f"{layer}.mlp"
+        plan |= {} if c.value_embeddings else _heads(c, f"{layer}.self_attn")
         if looped and c.ffn == "moe":
             plan[f"{network}.experts"] = "moe_tp_experts"
             plan |= {f"{network}.experts.gate_up_proj": "packed_colwise", f"{network}.experts.down_proj": "rowwise"}
             network = f"{network}.shared_experts" if c.n_shared_experts else ""
         if network:
-            plan |= {f"{network}.gate_proj": COLUMNS, f"{network}.up_proj": COLUMNS, f"{network}.down_proj": ROWS}
+            plan |= {f"{network}.gate_proj": COLUMNS} if c.activation == "swiglu" else {}
+            plan |= {f"{network}.up_proj": COLUMNS, f"{network}.down_proj": ROWS}
     return plan
+
+
+def _heads(c: ModelConfig, attention: str) -> Plan:
+    columns = ["q_b_proj" if c.attention == "mla" and c.q_lora_rank else "q_proj"]
+    columns += ["k_proj", "v_proj"] if c.attention == "gqa" else ["kv_b_proj"]
+    latent = {f"{attention}.kv_a_proj_with_mqa": "mla_kv_a_proj"} if c.attention == "mla" else {}
+    return {f"{attention}.{name}": COLUMNS for name in columns} | {f"{attention}.o_proj": ROWS} | latent
 
 
 def expert_plan(c: ModelConfig) -> Plan | None:

@@ -31,7 +31,7 @@ def observe(model: RecurrentDepthTransformer, batch: Batch, *, n_loops: int) -> 
     tokens, labels = torch.from_numpy(batch.tokens[:2]), torch.from_numpy(batch.labels[:2])
     with torch.enable_grad():
         x = model.embed(tokens).detach()
-        context = model.context(x)
+        context = model.context(x, tokens=tokens)
         e = model.prelude(x, context, Passing()).detach()
         states = [state.h for state in model.iterate(e.requires_grad_(), context, Run(Depth.uniform(n_loops)))]
         hidden = model.coda(model.carry.mean(states[-1]), context, Passing())
@@ -67,8 +67,9 @@ def spectral_radius(
 @torch.no_grad()
 def largest_state(model: RecurrentDepthTransformer, batch: Batch, *, depths: tuple[int, ...]) -> dict[int, float]:
     """{number of loops: the largest ‖h‖ of any token after so many}, on the first two problems."""
-    x = model.embed(torch.from_numpy(batch.tokens[:2]))
-    context = model.context(x)
+    tokens = torch.from_numpy(batch.tokens[:2])
+    x = model.embed(tokens)
+    context = model.context(x, tokens=tokens)
     e = model.prelude(x, context, Passing())
     states = model.iterate(e, context, Run(Depth.uniform(max(depths))))
     return {n: state.h.norm(dim=-1).max().item() for n, state in enumerate(states, start=1) if n in depths}

@@ -56,11 +56,12 @@ class Loops:
         simple = not c.is_plain and c.n_coda_layers == 0 and c.carry_streams == 1
         require(simple, "model", c.n_coda_layers, "a looped one without a coda, of one stream")
         self.model, x = model, model.embed(tokens)
-        self.context = model.context(x)
+        self.context = model.context(x, tokens=tokens)
         self.e = model.prelude(x, self.context, Passing())
 
     def first(self) -> Tensor:
-        return initial_state(self.model.config.initial_state, self.e, self.context)
+        c = self.model.config
+        return initial_state(c.initial_state, self.e, self.context, c.noise_std)
 
     def __call__(self, h: Tensor, loop: int | None = None) -> Tensor:
         """`loop`: its index; None: any beyond training's."""

@@ -150,8 +150,9 @@ def observe(model: RecurrentDepthTransformer, task: Task, hops: int, *, n_loops:
     found = task.sample(depth.generator(TEST_SEED, hops, STREAM), np.full(n_problems, hops), split="test")
     run = Run(Depth.uniform(n_loops))
     with evaluating(model):
-        x = model.embed(torch.from_numpy(found.tokens))
-        context = model.context(x)
+        tokens = torch.from_numpy(found.tokens)
+        x = model.embed(tokens)
+        context = model.context(x, tokens=tokens)
         e = model.prelude(x, context, Passing())
         states = [model.start(e, context, torch.arange(len(e)), run), *model.iterate(e, context, run)]
         taken = [_sets(model, state.routed[0].indices) for state in states[1:]]

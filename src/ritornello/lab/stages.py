@@ -23,7 +23,7 @@ RIDGE = 1e-3  # of a probe, as a share of its inputs' mean square
 def states(model: RecurrentDepthTransformer, tokens: Tensor, n_loops: int) -> dict[str, Tensor]:
     """(B, T, D) by stage: `embedding`, `prelude`, `loop 1` to `loop n`, `coda`."""
     x = model.embed(tokens)
-    context = model.context(x)
+    context = model.context(x, tokens=tokens)
     e = model.prelude(x, context, Passing())
     found = {"embedding": x, "prelude": e}
     for i, state in enumerate(model.iterate(e, context, Run(Depth.uniform(n_loops))), start=1):
@@ -41,7 +41,7 @@ def skipping(model: RecurrentDepthTransformer, questions: Questions, n_loops: in
             there = states(model, tokens, n_loops)
             e, h = there["prelude"], there[f"loop {n_loops}"]
             hidden = {
-                "loop": model.coda(e, model.context(e), Passing()),
+                "loop": model.coda(e, model.context(e, tokens=tokens), Passing()),
                 "loop and coda": model.norm(e),
                 "coda": model.norm(h),
             }

@@ -4,14 +4,16 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ritornello.config import ModelConfig
 from ritornello.model.cache import KeyValues
 from ritornello.model.context import Context, Loop
-from ritornello.model.lora import Linear
+from ritornello.model.lora import Linear, table_of
 from ritornello.model.norm import RMSNorm
-from ritornello.ops.attention import attention, rotate
+from ritornello.ops.attention import attention, enriched, rotate
+from ritornello.ops.latent import Widths, absorbed, absorbs, expanded
 from ritornello.ops.linear import local, lowered
 from ritornello.ops.ragged import Ragged
 
@@ -55,7 +57,8 @@ def lora_options(config: ModelConfig, target: str, *, looped: bool) -> dict[str,
 
 
 class GroupedQueryAttention(Attention):
-    """GQA (2305.13245) as in Llama. An entry holds G rotated keys, then G values."""
+    """GQA (2305.13245) as in Llama. An entry holds G rotated keys, then G values. With value embeddings (Parcae) these
+    have a part that the token alone gives, its row of a table, by a gate for each head that reads a few channels."""
 
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__(config, layer=layer, looped=looped)
@@ -65,16 +68,24 @@ class GroupedQueryAttention(Attention):
         self.k_proj = Linear(dim, config.n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(dim, config.n_kv_heads * head_dim)
         self.o_proj = Linear(config.n_heads * head_dim, dim, **lora_options(config, "o", looped=looped))
+        enriches = layer in config.value_embeddings
+        self.value_table = table_of(config.vocab_size, config.n_kv_heads * head_dim) if enriches else None
+        self.value_gate = Linear(config.value_gate_width, config.n_kv_heads) if enriches else None
 
     def entry(self, x: Tensor, context: Context) -> Tensor:
-        keys = self.k_proj(x)
-        if context.rope is not None:
-            keys = rotate(keys.unflatten(-1, (-1, self.config.head_dim)), context.rope).flatten(-2)
-        return torch.cat((keys, self.v_proj(x)), -1)
+        keys, values = self._turned(self.k_proj(x), context), self.v_proj(x)
+        if self.value_table is not None and self.value_gate is not None:
+            gates = self.value_gate(x[..., : self.config.value_gate_width])
+            values = enriched(values, self.value_table(context.tokens), gates)
+        return torch.cat((keys.flatten(-2), values), -1)
 
     def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, ...]:
-        q = self.q_proj(x, table).unflatten(-1, (-1, self.config.head_dim))
-        return (q if context.rope is None else rotate(q, context.rope),)
+        return (self._turned(self.q_proj(x, table), context),)
+
+    def _turned(self, x: Tensor, context: Context) -> Tensor:
+        x = x.unflatten(-1, (-1, self.config.head_dim))
+        x = x if context.rope is None else rotate(x, context.rope)
+        return F.rms_norm(x, x.shape[-1:]).to(x.dtype) if self.config.qk_norm else x
 
     def attend(self, queries: tuple[Tensor, ...], entries: Tensor, mask: Tensor | None) -> Tensor:
         head_dim, q = self.config.head_dim, queries[0]
@@ -84,11 +95,8 @@ class GroupedQueryAttention(Attention):
 
 
 class LatentAttention(Attention):
-    """MLA (DeepSeek-V2 2405.04434, §2.1; names of DeepSeek-V3). An entry: the normalised latent, the rotary key.
-
-    Absorption (eq. 10-11 there): kv_b_proj moves from the keys and values of S tokens to the queries and outputs of T.
-    Rotary channels use Llama's halves layout, DeepSeek's interleaved one permuted.
-    """
+    """MLA (DeepSeek-V2 2405.04434, §2.1; names of DeepSeek-V3). An entry: the normalised latent, the rotary key, whose
+    channels use Llama's halves layout, DeepSeek's interleaved one permuted."""
 
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__(config, layer=layer, looped=looped)
@@ -104,11 +112,11 @@ class LatentAttention(Attention):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.norm_eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, config.n_heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(config.n_heads * config.v_head_dim, config.dim, **lora_options(config, "o", looped=looped))
-        self.scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+        self.widths = Widths(config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim, config.qk_rope_head_dim)
+        self.scale = (self.widths.nope + self.widths.rope) ** -0.5
 
     def entry(self, x: Tensor, context: Context) -> Tensor:
-        projected = self.kv_a_proj_with_mqa(x)
-        latent, rotary = projected.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        latent, rotary = self.kv_a_proj_with_mqa(x).split([self.widths.rank, self.widths.rope], -1)
         if context.rope is not None:
             rotary = rotate(rotary[:, :, None], context.rope)[:, :, 0]
         return torch.cat((self.kv_a_layernorm(latent).to(rotary.dtype), rotary), -1)
@@ -122,34 +130,14 @@ class LatentAttention(Attention):
 
     def attend(self, queries: tuple[Tensor, ...], entries: Tensor, mask: Tensor | None) -> Tensor:
         nope, rotary = (part.transpose(1, 2) for part in queries)
-        path = self.absorbed if self.absorbs(nope.shape[2], entries.shape[1]) else self.expanded
-        return path(nope, rotary, entries.to(nope.dtype), mask).transpose(1, 2).flatten(-2)
-
-    def absorbs(self, n_queries: int, n_entries: int) -> bool:
-        """Whether absorption, which reads kv_b_proj's weight and no adapter around it, multiplies less, per head."""
-        c = self.config
-        projection = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
-        scores = n_queries * n_entries * (2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim)
-        return type(self.kv_b_proj) is Linear and n_queries * projection + scores < n_entries * projection
-
-    def expanded(self, nope: Tensor, rotary: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
-        """Keys and values of every entry, made by kv_b_proj."""
-        c = self.config
-        latent, shared_key = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        widths = [c.qk_nope_head_dim, c.v_head_dim]
-        keys, values = self.kv_b_proj(latent).unflatten(-1, (-1, sum(widths))).transpose(1, 2).split(widths, -1)
-        shared_key = shared_key[:, None].expand(-1, keys.shape[1], -1, -1)
-        q, k = torch.cat((nope, rotary), -1), torch.cat((keys, shared_key), -1)
-        return attention(q, k, values, mask=mask, scale=self.scale)
-
-    def absorbed(self, nope: Tensor, rotary: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
-        """One key-value head for all queries: the latent itself."""
-        c = self.config
-        weight = local(self.kv_b_proj.weight).to(nope.dtype).unflatten(0, (nope.shape[1], -1))
-        w_key, w_value = weight.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        q = torch.cat((torch.einsum("bhtn,hnr->bhtr", nope, w_key), rotary), -1)
-        y = attention(q, entries[:, None], entries[:, None, :, : c.kv_lora_rank], mask=mask, scale=self.scale)
-        return torch.einsum("bhtr,hvr->bhtv", y, w_value)
+        entries, plain = entries.to(nope.dtype), type(self.kv_b_proj) is Linear  # absorption reads no adapter around it
+        if plain and absorbs(nope.shape[2], entries.shape[1], self.widths):
+            weight = local(self.kv_b_proj.weight).to(nope.dtype)
+            y = absorbed(nope, rotary, entries, weight, self.widths, mask=mask, scale=self.scale)
+        else:
+            made = self.kv_b_proj(entries[..., : self.widths.rank])
+            y = expanded(nope, rotary, entries, made, self.widths, mask=mask, scale=self.scale)
+        return y.transpose(1, 2).flatten(-2)
 
 
 ATTENTION: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}

@@ -22,7 +22,7 @@ from ritornello.model.layers import Layer
 from ritornello.model.lora import Linear
 from ritornello.model.moe import FeedForward, MixtureOfExperts
 from ritornello.model.norm import RMSNorm
-from ritornello.ops.norms import spectral_norm, swiglu_norm
+from ritornello.ops.norms import relu2_norm, spectral_norm, swiglu_norm
 
 if TYPE_CHECKING:
     from ritornello.model.rdt import RecurrentDepthTransformer
@@ -34,7 +34,8 @@ def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
     require(not model.config.is_plain, "n_recurrent_layers", 0, "> 0 for a bound on the state")
     require_int("n_loops", n_loops, 1)
     e = _input_bound(model) if model.input_norm is None else norm_bound(model.input_norm)
-    start = {"zeros": 0.0, "e": e, "noise": math.sqrt(model.config.dim * 2 / 5) * 3}[model.config.initial_state]
+    noise = math.sqrt(model.config.dim) * 3 * model.config.noise_std
+    start = {"zeros": 0.0, "e": e, "noise": noise}[model.config.initial_state]
     last = model.norm if model.config.state_norm == "loop" else model.anchor_norm
     if last is not None:
         return max(start, norm_bound(last))
@@ -92,18 +93,22 @@ def attention_bound(attention: Attention, x: float) -> float:
     """Each head returns a convex combination of values, ‖v‖ ≤ ‖W_v‖‖x‖; heads stack, then o_proj."""
     c = attention.config
     if isinstance(attention, GroupedQueryAttention):
-        values = attention.v_proj.weight.unflatten(0, (c.n_kv_heads, -1))
-        per_head = spectral_norm(values).repeat_interleave(c.n_heads // c.n_kv_heads)
+        values = spectral_norm(attention.v_proj.weight.unflatten(0, (c.n_kv_heads, -1))) * x
+        if attention.value_table is not None:  # a gate is at most 2
+            rows = attention.value_table.weight.float().unflatten(1, (c.n_kv_heads, -1))
+            values = values + 2 * rows.norm(dim=-1).amax(0)
+        per_head = values.repeat_interleave(c.n_heads // c.n_kv_heads)
     else:
         assert isinstance(attention, LatentAttention)
         values = attention.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))[:, c.qk_nope_head_dim :]
-        per_head, x = spectral_norm(values), norm_bound(attention.kv_a_layernorm)
-    return float(per_head.norm()) * x * float(spectral_norm(_merged(attention.o_proj)).max())
+        per_head = spectral_norm(values) * norm_bound(attention.kv_a_layernorm)
+    return float(per_head.norm()) * float(spectral_norm(_merged(attention.o_proj)).max())
 
 
 def feed_forward_bound(mlp: FeedForward, x: float) -> float:
-    gate, up, down = (_merged(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    return float(swiglu_norm(gate, up, down).max()) * x**2
+    up, down = _merged(mlp.up_proj), _merged(mlp.down_proj)
+    found = relu2_norm(up, down) if mlp.gate_proj is None else swiglu_norm(_merged(mlp.gate_proj), up, down)
+    return float(found.max()) * x**2
 
 
 def mixture_bound(mlp: MixtureOfExperts, x: float) -> float:

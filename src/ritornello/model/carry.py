@@ -1,17 +1,16 @@
 """The state that travels from loop to loop, in float32 or better: its start, and how the block reads and writes it."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from ritornello.config import NOISE_STD
 from ritornello.model.context import Context
-from ritornello.model.injection import at_least_float32
 from ritornello.ops.noise import Key, fold, normal
+from ritornello.ops.precision import at_least_float32
 
 
-def initial_state(kind: str, e: Tensor, context: Context) -> Tensor:
-    """h_0 (B, T, D): zeros, e, or normal noise of std √(2/5) truncated at 3 standard deviations (2502.05171).
+def initial_state(kind: str, e: Tensor, context: Context, std: float = NOISE_STD) -> Tensor:
+    """h_0 (B, T, D): zeros, e, or normal noise clamped at 3 standard deviations (2502.05171).
 
     Noise depends on (key, position, channel) alone, so that a prefix, a chunk or another batch sees the same.
     """
@@ -20,7 +19,7 @@ def initial_state(kind: str, e: Tensor, context: Context) -> Tensor:
         return e if kind == "e" else torch.zeros_like(e)
     keys = (context.key or Key()).fold(context.positions, 0)[..., None]
     noise = normal(fold(keys, torch.arange(e.shape[-1], device=e.device))).clamp(-3, 3)
-    return math.sqrt(2 / 5) * noise.to(e.dtype)
+    return std * noise.to(e.dtype)
 
 
 class SingleStream(nn.Module):

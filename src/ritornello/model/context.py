@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ritornello.config import ModelConfig, require
-from ritornello.ops.attention import rotary_tables
+from ritornello.ops.attention import rotary_tables, visible
 from ritornello.ops.noise import Key
 from ritornello.ops.subset import Subset
 
@@ -42,6 +42,7 @@ class Context:
     rope: tuple[Tensor, Tensor] | None
     key: Key | None = None
     capture: Capture | None = None
+    tokens: Tensor | None = None  # (B, T), where layers read the ids themselves
     some: Subset | None = None  # these are some tokens of a larger batch
     exact: bool = False  # no token's numbers may depend on which others are here
 
@@ -55,20 +56,17 @@ class Context:
             mask=pick(self.mask),
             rope=None if self.rope is None else (self.rope[0][rows], self.rope[1][rows]),
             key=None if self.key is None else self.key.select(rows),
+            tokens=pick(self.tokens),
         )
 
     def take(self, some: Subset) -> "Context":
         """The same for some tokens, which see what they saw among all."""
-        mask, (m, length) = self.mask, self.positions.shape
-        if some.tokens.shape[1] == length:  # whole rows, whose causal mask is still a flag
+        if some.tokens.shape[1] == some.shape[1]:  # whole rows, whose causal mask is still a flag
             return replace(self.select(some.rows), some=some)
-        if mask is not None:
-            mask = mask.expand(m, -1, -1, -1)[some.rows[:, None], 0, some.tokens][:, None]
-        else:
-            mask = some.tokens[:, None, :, None] >= torch.arange(length, device=some.tokens.device)
         rope = None if self.rope is None else (some.take(self.rope[0]), some.take(self.rope[1]))
         key = None if self.key is None else self.key.select(some.rows)
-        return Context(some.take(self.positions), some.take(self.documents), mask, rope, key, self.capture, some)
+        mask, tokens, documents = some.seen(self.mask), some.take(self.tokens), some.take(self.documents)
+        return Context(some.take(self.positions), documents, mask, rope, key, self.capture, tokens, some)
 
     def real(self) -> Tensor | None:
         """(B, T) bool, False at padding; None: no padding."""
@@ -79,6 +77,7 @@ def build_context(
     config: ModelConfig,
     x: Tensor,
     *,
+    tokens: Tensor | None = None,
     positions: Tensor | None = None,
     documents: Tensor | None = None,
     cache: "Cache | None" = None,
@@ -87,30 +86,29 @@ def build_context(
 ) -> Context:
     """What the layers need to know about the tokens embedded as x (B, T, D), which follow those in `cache`.
 
-    A token's position is the number of tokens before it, in its own document where documents are in use.
+    Value embeddings need their ids, `tokens` (B, T). A token's position is the number of tokens before it, in its own
+    document where documents are in use.
     """
     shape, n_past, past = x.shape[:2], 0, None
-    given = {"positions": positions, "documents": documents, "key.sequences": key.sequences if key else None}
-    for name, tensor in given.items():
+    tokens = tokens if (reads := bool(config.value_embeddings)) else None
+    given = {"tokens": tokens, "positions": positions, "documents": documents}
+    for name, tensor in {**given, "key.sequences": key.sequences if key else None}.items():
         wanted, axes = (shape[:1], "(B,)") if name == "key.sequences" else (shape, "(B, T)")
         if tensor is not None:
             ok = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.dtype == torch.bool)
             require(ok, name, getattr(tensor, "dtype", type(tensor).__name__), "a tensor of integers")
             require(tensor.shape == wanted, name, tuple(tensor.shape), f"of shape {axes} = {tuple(wanted)}")
+    require(not reads or tokens is not None, "tokens", None, "given, and not inputs_embeds, with value_embeddings")
     if cache is not None:
         documents = cache.begin(config, (x.shape[0], x.shape[1]), documents)
         n_past, past = cache.length, cache.documents
-    mask = None
-    if documents is not None or (n_past and shape[1] > 1):
-        mask = torch.ones(shape[1], n_past + shape[1], dtype=torch.bool, device=x.device).tril(n_past)[None, None]
-    if documents is not None and mask is not None:
-        every = documents if past is None else torch.cat((past, documents), 1)
-        mask = mask & (documents[:, None, :, None] == every[:, None, None, :])
-        positions = mask.sum(-1)[:, 0] - 1 if positions is None else positions
-    if positions is None:
+    mask = visible(shape[1], n_past, documents, past, x.device)
+    if positions is None and documents is not None and mask is not None:
+        positions = mask.sum(-1)[:, 0] - 1
+    elif positions is None:
         positions = torch.arange(n_past, n_past + shape[1], device=x.device).expand(shape)
     rope = None
     if config.positions == "rope":
         dtype = torch.promote_types(x.dtype, torch.float32)
         rope = rotary_tables(positions, dim=config.rope_dim, theta=config.rope_theta, dtype=dtype, yarn=config.yarn)
-    return Context(positions, documents, mask, rope, key, capture)
+    return Context(positions, documents, mask, rope, key, capture, tokens)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ritornello.config import ExitRule, ModelConfig, require
 from ritornello.model.context import Loop
-from ritornello.model.injection import at_least_float32
 from ritornello.model.lora import Linear
 from ritornello.model.norm import RMSNorm
+from ritornello.ops.precision import at_least_float32
 from ritornello.ops.subset import Subset
 
 

@@ -21,13 +21,14 @@ def initialize(model: "RecurrentDepthTransformer", seed: int) -> None:
     """Draw every parameter of `model` in place, from `seed` alone."""
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
     shrink = 0.0 if model.config.output_init == "zero" else (2 * model.config.effective_depth) ** -0.5
-    unit = ("loop_embedding.weight", *(["embed_tokens"] if model.config.embedding_init == "unit" else []))
+    unit = ["loop_embedding.weight", "value_table.weight"]
+    unit += ["embed_tokens"] if model.config.embedding_init == "unit" else []
     for name, weight in model.named_parameters():
         output = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
         std = math.sqrt(2 / (5 * weight.shape[-1])) * (shrink if output else 1.0) if weight.ndim >= 2 else 0.0
         if name.endswith("norm.weight"):
             weight.fill_(1)
-        elif name.startswith(unit):  # loop embeddings: of the size of the states that their scale, from 0, adds them to
+        elif any(table in name for table in unit):  # of the size of what they are added to, by a scale or a gate
             weight.normal_(generator=generator)
         elif name.endswith("loop_B") or std == 0:
             weight.zero_()

@@ -8,12 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ritornello.config import ModelConfig
+from ritornello.ops.precision import at_least_float32
 
 A_LOG_MAX = 20.0  # exp(20) already makes A vanish; beyond, 0 · inf would be NaN
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Injection(nn.Module, ABC):

@@ -7,6 +7,11 @@ from ritornello.model.context import Loop
 from ritornello.ops.linear import linear, low_rank
 
 
+def table_of(n: int, dim: int) -> nn.Embedding:
+    """An embedding left for `initialize` to draw."""
+    return nn.Embedding(n, dim, _weight=torch.empty(n, dim))
+
+
 class Linear(nn.Linear):
     """y = W x (+ loop_B[loop] · loop_A[loop] · x). `loop_B` starts at zero, so every loop starts alike.
 

@@ -11,21 +11,24 @@ from ritornello.model.context import Loop
 from ritornello.model.lora import Linear
 from ritornello.ops.experts import experts
 from ritornello.ops.linear import linear, lowered
-from ritornello.ops.routing import balance_loss, limit_groups, sum_tokens
+from ritornello.ops.precision import at_least_float32
+from ritornello.ops.routing import balance_loss, choose, sum_tokens
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (2002.05202): down(silu(gate x) · up x)."""
+    """SwiGLU (2002.05202): down(silu(gate x) · up x); or `relu2`: down(relu(up x)² / 2), half of 2109.08668's."""
 
     def __init__(self, config: ModelConfig, width: int, *, looped: bool) -> None:
         super().__init__()
         lora = lora_options(config, "ffn", looped=looped)
-        self.gate_proj = Linear(config.dim, width, **lora)
+        self.gate_proj = Linear(config.dim, width, **lora) if config.activation == "swiglu" else None
         self.up_proj = Linear(config.dim, width, **lora)
         self.down_proj = Linear(width, config.dim, **lora)
 
     def forward(self, x: Tensor, table: Loop) -> Tensor:
         x = lowered(x)
+        if self.gate_proj is None:
+            return self.down_proj(self.up_proj(x, table).relu().square() / 2, table)
         return self.down_proj(nn.functional.silu(self.gate_proj(x, table)) * self.up_proj(x, table), table)
 
 
@@ -55,17 +58,12 @@ class Router(nn.Module):
     def forward(self, x: Tensor, table: Loop) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> indices (B, T, k), weights (B, T, k), scores (B, T, E)."""
         c = self.config
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias = at_least_float32(self.weight), self.e_score_correction_bias
         with torch.autocast(x.device.type, enabled=False):
-            logits = linear(x.to(dtype), self.weight.to(dtype))
-        scores = logits.sigmoid() if c.router_score == "sigmoid" else logits.softmax(-1)
-        bias = self.e_score_correction_bias[table] if c.router_bias_per_loop else self.e_score_correction_bias
-        choice = (scores if c.router_score == "sigmoid" else logits).detach() + bias
-        choice = limit_groups(choice, c.n_expert_groups, c.n_active_groups)
-        indices = choice.topk(c.n_active_experts, -1, sorted=False).indices
-        weights = scores.gather(-1, indices)
-        if c.normalize_expert_weights:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            logits = linear(x.to(weight.dtype), weight)
+        bias, groups = bias[table] if c.router_bias_per_loop else bias, (c.n_expert_groups, c.n_active_groups)
+        kind, k = c.router_score == "sigmoid", c.n_active_experts
+        indices, weights, scores = choose(logits, bias, k, groups, sigmoid=kind, normalize=c.normalize_expert_weights)
         return indices, weights * c.router_scale, scores
 
 

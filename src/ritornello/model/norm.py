@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ritornello.ops.precision import at_least_float32
+
 
 class RMSNorm(nn.Module):
     """x / RMS(x) · weight over the last dimension, in float32 or better whatever x is; returned in that precision."""
@@ -14,5 +16,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(dtype), (x.shape[-1],), self.weight.to(dtype), self.eps)
+        x = at_least_float32(x)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)

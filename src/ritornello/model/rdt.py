@@ -27,19 +27,15 @@ from ritornello.model.halting import Halting, Probe, Signals, check_exit
 from ritornello.model.initialize import initialize
 from ritornello.model.injection import INJECTIONS
 from ritornello.model.layers import Layer, Pass
-from ritornello.model.lora import Linear
+from ritornello.model.lora import Linear, table_of
 from ritornello.model.moe import Routed
 from ritornello.model.norm import RMSNorm
 from ritornello.model.state import LoopState, Output
 from ritornello.ops.linear import linear
 from ritornello.ops.noise import Key
+from ritornello.ops.precision import at_least_float32
 from ritornello.ops.routing import Routing
 from ritornello.ops.subset import Subset
-
-
-def _table(n: int, dim: int) -> nn.Embedding:
-    """An embedding left for `initialize` to draw."""
-    return nn.Embedding(n, dim, _weight=torch.empty(n, dim))
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class RecurrentDepthTransformer(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.embed_tokens = nn.ModuleList(_table(c.vocab_size, c.dim) for _ in range(c.n_token_tables))
+        self.embed_tokens = nn.ModuleList(table_of(c.vocab_size, c.dim) for _ in range(c.n_token_tables))
         start, coda = c.n_prelude_layers, c.n_prelude_layers + c.n_recurrent_layers
         layers = [Layer(c, layer=i, looped=start <= i < coda) for i in range(c.n_layers)]
         self.prelude_layers = nn.ModuleList(layers[:start])
@@ -77,11 +73,12 @@ class RecurrentDepthTransformer(nn.Module):
         self.coda_layers = nn.ModuleList(layers[coda:])
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.head = None if c.tie_embeddings else Linear(c.dim, c.vocab_size)
+        self.read_matrix = Linear(c.dim, c.dim) if c.read_matrix else None
         if not c.is_plain:
             self.input_norm = RMSNorm(c.dim, c.norm_eps) if c.normalize_input else None
             self.injection = INJECTIONS[c.injection](c)
             self.carry = SingleStream() if c.carry_streams == 1 else HyperConnections(c.carry_streams)
-            self.loop_embedding = _table(c.n_loops, c.dim) if c.loop_embedding else None
+            self.loop_embedding = table_of(c.n_loops, c.dim) if c.loop_embedding else None
             self.loop_embedding_scale = nn.Parameter(torch.empty(())) if c.loop_embedding else None
             self.anchor_norm = RMSNorm(c.dim, c.norm_eps) if c.anchored else None
             self.probe = Probe(c) if c.needs_probe else None
@@ -130,7 +127,8 @@ class RecurrentDepthTransformer(nn.Module):
 
     def coda(self, h: Tensor, context: Context, kv: KeyValues) -> Tensor:
         """State (B, T, D) -> hidden (B, T, D), in which the logits are linear."""
-        x = self._run(self.coda_layers, self.norm(h) if self.config.state_norm == "read" else h, context, kv)
+        h = self.norm(h) if self.config.state_norm == "read" else h
+        x = self._run(self.coda_layers, h if self.read_matrix is None else self.read_matrix(h), context, kv)
         return x if self.config.state_norm == "loop" and not self.config.n_coda_layers else self.norm(x)
 
     def _run(self, layers: nn.ModuleList, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
@@ -177,7 +175,7 @@ class RecurrentDepthTransformer(nn.Module):
 
     def start(self, e: Tensor, context: Context, rows: Tensor, run: Run) -> LoopState:
         """The state before loop 0 of e (m, T, D), which lies in the given rows (m,) of the batch."""
-        h = initial_state(self.config.initial_state, e, context)
+        h = initial_state(self.config.initial_state, e, context, self.config.noise_std)
         used = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
         halts = run.exit is not None or (run.weigh and self.halting.head is not None)
         real = None if run.exit is None else context.real()
@@ -189,8 +187,7 @@ class RecurrentDepthTransformer(nn.Module):
         if self.probe is None or not self.halting.reads_predictions(exit):
             return None
         with torch.no_grad():
-            logits = self.logits(self.probe(h))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            return at_least_float32(self.logits(self.probe(h))).log_softmax(-1)
 
     def iterate(self, e: Tensor, context: Context, run: Run) -> Iterator[LoopState]:
         """The recurrence over e (B, T, D): the state after each loop, its rows in running order.
@@ -312,7 +309,8 @@ class RecurrentDepthTransformer(nn.Module):
         depth = Depth.of(self.config.n_loops if n_loops is None else n_loops, (x.shape[0], x.shape[1])).to(x.device)
         late = depth.starts is not None and depth.starts.shape[1] > 1
         require(not late or documents is not None, "documents", None, "given where budgets start late within a row")
-        context = self.context(x, positions=positions, documents=documents, cache=cache, key=key, capture=capture)
+        shared = {"positions": positions, "documents": documents, "cache": cache, "key": key, "capture": capture}
+        context = self.context(x, tokens=tokens, **shared)
         weigh = weigh or self.config.halting == "act"
         compact = (x.device.type == "cpu" if compact is None else compact) and capture is None
         run = Run(depth, cache, exit, backprop_loops, checkpoint, weigh, compact)

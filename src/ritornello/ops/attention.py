@@ -64,6 +64,20 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
     return torch.cat(parts, -2)
 
 
+def visible(
+    n_new: int, n_past: int, documents: Tensor | None, past: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """(B or 1, 1, T, S) bool: at which of S = n_past + n_new tokens each of the T = n_new last may look: none after it,
+    and of its own document where documents (B, T), past (B, n_past) are in use. None: as `attention` reads it."""
+    if documents is None and (n_new == 1 or not n_past):
+        return None
+    mask = torch.ones(n_new, n_past + n_new, dtype=torch.bool, device=device).tril(n_past)[None, None]
+    if documents is None:
+        return mask
+    every = documents if past is None else torch.cat((past, documents), 1)
+    return mask & (documents[:, None, :, None] == every[:, None, None, :])
+
+
 def rotary_tables(
     positions: Tensor, *, dim: int, theta: float, dtype: torch.dtype, yarn: Yarn | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -92,6 +106,13 @@ def slowed(speeds: Tensor, theta: float, yarn: Yarn) -> Tensor:
     places = torch.arange(n, device=speeds.device, dtype=speeds.dtype)
     ramp = ((places - low) / (high - low if high != low else 1e-3)).clamp(0, 1)
     return speeds / yarn.factor * ramp + speeds * (1 - ramp)
+
+
+def enriched(values: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+    """values (B, T, G · M) + 2 σ(gates) · rows: gates (B, T, G), one for each head; rows (B, T, G · M) of a table of
+    tokens (value embeddings, 2410.17897, as modded-nanogpt and Parcae gate them)."""
+    added = 2 * gates.sigmoid()[..., None] * rows.unflatten(-1, (gates.shape[-1], -1))
+    return values + added.flatten(-2).to(values.dtype)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -15,3 +15,8 @@ def swiglu_norm(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     rows = lambda w: w.float().norm(dim=-1).amax(-1)  # noqa: E731
     product = torch.minimum(spectral_norm(gate) * rows(up), rows(gate) * spectral_norm(up))
     return product * spectral_norm(down)
+
+
+def relu2_norm(up: Tensor, down: Tensor) -> Tensor:
+    """c with ‖down(relu(up x)² / 2)‖ ≤ c ‖x‖²: the largest element of up x, times ‖up x‖."""
+    return up.float().norm(dim=-1).amax(-1) * spectral_norm(up) * spectral_norm(down) / 2

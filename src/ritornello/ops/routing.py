@@ -18,6 +18,19 @@ def limit_groups(choice: Tensor, n_groups: int, n_active: int) -> Tensor:
     return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
 
+def choose(
+    logits: Tensor, bias: Tensor, k: int, groups: tuple[int, int], *, sigmoid: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """indices (..., k), weights (..., k) and scores (..., E) of logits (..., E): a bias on sigmoid scores, or on the
+    logits of a softmax, takes part in the choice alone (eq. 16). groups: how many there are, and how many may be chosen
+    from; normalize: weights sum to 1."""
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    choice = limit_groups((scores if sigmoid else logits).detach() + bias, *groups)
+    indices = choice.topk(k, -1, sorted=False).indices
+    weights = scores.gather(-1, indices)
+    return indices, weights / (weights.sum(-1, keepdim=True) + 1e-20) if normalize else weights, scores
+
+
 def sum_tokens(x: Tensor) -> Tensor:
     """(B, T, ...) -> (B, ...): over the tokens of each sequence."""
     return x.sum(1)

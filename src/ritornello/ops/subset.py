@@ -61,6 +61,12 @@ class Subset:
             return None
         return old.flatten(0, 1).index_copy(0, self._places, new.flatten(0, 1)).view(old.shape)
 
+    def seen(self, mask: Tensor | None) -> Tensor:
+        """(m, 1, t, S) bool: what these tokens see, among all that mask (B or 1, 1, T, S) lets see; None: causal."""
+        if mask is not None:
+            return mask.expand(self.shape[0], -1, -1, -1)[self.rows[:, None], 0, self.tokens][:, None]
+        return self.tokens[:, None, :, None] >= torch.arange(self.shape[1], device=self.tokens.device)
+
     def spread(self, x: Tensor) -> Tensor:
         """(m, t, ...) -> (B, T, ...), zero elsewhere."""
         return self.put(x.new_zeros(*self.shape, *x.shape[2:]), x)

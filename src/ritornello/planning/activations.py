@@ -47,12 +47,16 @@ def check(recipe: Recipe) -> None:
     """Refuse what the formulas do not know.
 
     Raises:
-        ValueError: several carry streams, an anchored state, or a prediction of every loop in the loss.
+        ValueError: several carry streams, an anchored state, predictions of every loop in the loss, or what Parcae has.
     """
     c, remedy = recipe.model, "what else a step keeps has no formula yet"
     require(c.carry_streams == 1, "model.carry_streams", c.carry_streams, "1 for a plan", remedy)
     require(c.state_norm != "loop", "model.state_norm", c.state_norm, "'none' or 'read' for a plan", remedy)
     require(not c.anchored, "model.anchored", c.anchored, "False for a plan", remedy)
+    require(c.activation == "swiglu", "model.activation", c.activation, "'swiglu' for a plan", remedy)
+    require(not c.value_embeddings, "model.value_embeddings", c.value_embeddings, "() for a plan", remedy)
+    for name in ("qk_norm", "read_matrix"):
+        require(not getattr(c, name), f"model.{name}", True, "False for a plan", remedy)
     last = c.halting != "act" or c.read_out == "mixture"
     require(last, "model.read_out", c.read_out, "'mixture' with halting 'act' for a plan", remedy)
     loss = recipe.train.halting_loss

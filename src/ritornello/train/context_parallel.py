@@ -111,19 +111,30 @@ class Everyone(KeyValues):
 
 
 def _context(
-    model: RecurrentDepthTransformer, pieces: Pieces, group: Any, x: Tensor, *, documents: Any = None, **others: Any
+    model: RecurrentDepthTransformer,
+    pieces: Pieces,
+    group: Any,
+    x: Tensor,
+    *,
+    documents: Any = None,
+    tokens: Any = None,
+    **others: Any,
 ) -> Context:
     """`model.context` of this process' tokens x (B, t, D): what they see among all."""
     if others.get("positions") is not None or others.get("cache") is not None:
         raise NotImplementedError("positions or a cache with shared tokens")
     mine = torch.from_numpy(pieces.mine).to(x.device)
     every = None if documents is None else Gathered.apply(documents[..., None], pieces, group)[..., 0]
-    whole = build_context(model.config, x[:, :1, :1].expand(-1, pieces.length, -1), documents=every, **others)
+    shape = len(x), pieces.length  # all that counts of x and of ids
+    others["tokens"] = None if tokens is None else tokens.new_zeros(()).expand(shape)
+    whole = build_context(model.config, x[:, :1, :1].expand(*shape, -1), documents=every, **others)
+    tokens = None if whole.tokens is None else tokens
     mask = whole.mask
     if mask is None:
         mask = torch.ones(pieces.length, pieces.length, dtype=torch.bool, device=x.device).tril()[None, None]
     rope = None if whole.rope is None else (whole.rope[0][:, mine], whole.rope[1][:, mine])
-    return replace(whole, positions=whole.positions[:, mine], documents=documents, mask=mask[:, :, mine], rope=rope)
+    own: Any = {"tokens": tokens, "positions": whole.positions[:, mine], "documents": documents}
+    return replace(whole, **own, mask=mask[:, :, mine], rope=rope)
 
 
 class Gathered(torch.autograd.Function):

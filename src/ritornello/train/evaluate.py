@@ -110,7 +110,7 @@ def hidden_by_depth(
             yield model(tokens, n_loops=n, documents=documents, return_logits=False).hidden
         return
     x = model.embed(tokens)
-    context = model.context(x, documents=documents)
+    context = model.context(x, tokens=tokens, documents=documents)
     e = model.prelude(x, context, Passing())
     for n, state in enumerate(model.iterate(e, context, Run(Depth.uniform(depths[-1]))), start=1):
         if n in depths:

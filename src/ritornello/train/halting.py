@@ -63,8 +63,9 @@ def _examples(model: RecurrentDepthTransformer, batch: Batch, n_loops: int) -> t
     """Features (N, 3) and targets (N,) of every token with a label at every loop."""
     device = model.norm.weight.device
     documents = to_device(batch.documents, device)
-    x = model.embed(to_device(batch.tokens, device))
-    context = model.context(x, documents=documents)
+    tokens = to_device(batch.tokens, device)
+    x = model.embed(tokens)
+    context = model.context(x, tokens=tokens, documents=documents)
     e = model.prelude(x, context, Passing())
     counted = to_device(batch.labels, device) != NO_LABEL
     run = Run(Depth.uniform(n_loops), weigh=True)

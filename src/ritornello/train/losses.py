@@ -34,7 +34,7 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """One micro-batch's forward pass: `out` of the model; labels, documents (B, T)."""
+    """One micro-batch's forward pass: `out` of the model; labels, documents, tokens (B, T)."""
 
     model: RecurrentDepthTransformer
     train: TrainConfig
@@ -43,6 +43,7 @@ class Inputs:
     key: Key
     out: Output
     shares: Shares
+    tokens: Tensor | None = None  # where layers read them
 
     @property
     def trajectory(self) -> list[LoopState]:
@@ -68,7 +69,7 @@ def ponder(x: Inputs) -> Tensor:
 
 def expected(x: Inputs) -> Tensor:
     """Σ_t p_t · CE_t over the loops t of each token (PonderNet 2107.05407, eq. 5; Ouro, stage 1)."""
-    context = x.model.context(x.out.hidden, documents=x.documents, key=x.key)
+    context = x.model.context(x.out.hidden, tokens=x.tokens, documents=x.documents, key=x.key)
     total = x.labels.new_zeros((), dtype=torch.float32)
     for state in x.trajectory:
         hidden = x.model.coda(x.model.carry.mean(state.h), context.select(state.rows), Passing())

@@ -13,7 +13,8 @@ Group = Literal["muon", "decay", "no_decay"]  # Muon; AdamW with and without wei
 
 # AdamW moves these parts without decay: it would pull a decay rate, a gate or a probe that starts at the identity to
 # values that mean nothing, and shrink the rows of rare tokens, whose gradient then grows (OLMo 2, 2501.00656).
-_NO_DECAY = {"embed_tokens", "injection", "carry", "loop_embedding", "router", "halting", "probe"}
+_NO_DECAY = {"embed_tokens", "value_table", "injection", "carry", "loop_embedding", "router", "read_matrix"}
+_NO_DECAY |= {"halting", "probe"}
 _ADAMW = {"head"}  # a matrix, but its rows are tokens: the orthogonal update assumes dense inputs and outputs
 
 

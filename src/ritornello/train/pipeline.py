@@ -33,6 +33,9 @@ from ritornello.train.watch import Helper
 def divide(model: RecurrentDepthTransformer, stage: "Stage") -> None:
     """Leave of the model what this stage has, under the names it had."""
     n, n_layers = stage.n, model.config.n_recurrent_layers
+    require(
+        not model.config.value_embeddings, "parallel.pipeline", n, "1 with model.value_embeddings, which read tokens"
+    )
     ok = n_layers >= n and n_layers % n == 0
     require(ok, "parallel.pipeline", n, f"a divisor of model.n_recurrent_layers ({n_layers})")
     own = nn.ModuleList()
@@ -44,7 +47,17 @@ def divide(model: RecurrentDepthTransformer, stage: "Stage") -> None:
         for name in ("embed_tokens", "prelude_layers", "coda_layers"):
             setattr(model, name, nn.ModuleList())
         model.forward = lambda work: work()  # pyrefly: ignore  # opaque: FSDP2's hooks copy what they can look into
-        for name in ("head", "norm", "input_norm", "injection", "carry", "anchor_norm", "probe", "halting"):
+        for name in (
+            "head",
+            "norm",
+            "input_norm",
+            "injection",
+            "read_matrix",
+            "carry",
+            "anchor_norm",
+            "probe",
+            "halting",
+        ):
             setattr(model, name, None)
 
 

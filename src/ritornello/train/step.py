@@ -182,9 +182,8 @@ def _forward(model: RecurrentDepthTransformer, micro: Micro) -> Found:
             exit=default_exit("act") if model.config.halting == "act" else None,  # its halted tokens stay frozen
             return_logits=False,
         )
-        x = losses.Inputs(
-            model=model, train=train, labels=labels, documents=documents, key=key, out=out, shares=micro.shares
-        )
+        given = {"labels": labels, "documents": documents, "tokens": tokens}
+        x = losses.Inputs(model=model, train=train, key=key, out=out, shares=micro.shares, **given)
         total, terms = losses.total_loss(x, micro.table)
     return total, terms, None if out.routing is None else out.routing.load
 

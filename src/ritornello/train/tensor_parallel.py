@@ -45,6 +45,8 @@ def check(c: ModelConfig, n: int) -> None:
     Raises:
         ValueError: the first width that `n` does not divide.
     """
+    none = n == 1 or not c.value_embeddings
+    require(none, "parallel.tensor", n, "1 with model.value_embeddings, whose tables are not cut")
     widths = {"n_heads": c.n_heads}
     if c.attention == "gqa":
         widths["n_kv_heads"] = c.n_kv_heads
