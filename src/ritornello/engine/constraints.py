@@ -76,7 +76,8 @@ class Grammars:
         self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         require_int("vocab_size", self.vocab_size, tokenizer.vocab_size)
         vocabulary = _Vocabulary(tokenizer, self.vocab_size)
-        self.eos_id, self.token_bytes = tokenizer.eos_id, vocabulary.tokens
+        self.stop_ids, self.token_bytes = tokenizer.stop_ids, vocabulary.tokens
+        self.ends = torch.tensor(sorted(self.stop_ids))
         self._library = _library()
         self._tokens = self._library.LLTokenizer(vocabulary)
 
@@ -99,26 +100,27 @@ class Matcher:
 
     @property
     def ended(self) -> bool:
-        return bool(self.tokens) and self.tokens[-1] == self._grammars.eos_id
+        return bool(self.tokens) and self.tokens[-1] in self._grammars.stop_ids
 
     def allowed(self) -> Tensor:
-        """(V,) bool, on the CPU: the ids that may come next. The end of the document is one where the text is whole,
-        and the only one where nothing may follow, or after itself.
+        """(V,) bool, on the CPU: the ids that may come next. Those that end a text are where it is whole, and no others
+        where nothing may follow, or after one of themselves.
 
         Raises:
             ValueError: the constraint has become too complex to follow.
         """
-        vocab_size, eos = self._grammars.vocab_size, self._grammars.eos_id
+        vocab_size, ends = self._grammars.vocab_size, self._grammars.ends
         if self.ended:
-            return torch.arange(vocab_size) == eos
+            return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ends, True)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._require_alive()
-        return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_))
+        found = torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_))
+        return found.index_fill_(0, ends, bool(found[ends].any()))  # llguidance knows one of them
 
     def push(self, token: int) -> None:
         """Raises ValueError, and changes nothing, if `token` may not come next."""
         require_int("token", token, 0, self._grammars.vocab_size - 1)
-        if token == self._grammars.eos_id:
+        if token in self._grammars.stop_ids:
             ok = self.ended or self._matcher.is_accepting()
         else:
             empty = self.ended or not self._grammars.token_bytes[token]
@@ -131,7 +133,8 @@ class Matcher:
         """Forget the last n tokens."""
         require_int("n", n, 0, len(self.tokens))
         kept = len(self.tokens) - n
-        taken = sum(token != self._grammars.eos_id for token in self.tokens[kept:])  # llguidance never saw the end
+        ends = self._grammars.stop_ids  # which llguidance never saw
+        taken = sum(token not in ends for token in self.tokens[kept:])
         self._matcher.rollback(taken)
         self._require_alive()
         del self.tokens[kept:]
