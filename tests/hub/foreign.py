@@ -32,8 +32,9 @@ TRIMS = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}"""  # as Llama 3's does
 PLAIN = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{%- for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]'
-}}{% else %}{% generation %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+{%- for message in messages %}{% if message['role'] == 'user' -%}
+{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}
+{%- else %}{% generation %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 LOUD = CHATML.replace("message['content']", "message['content'] | upper")
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from ritornello.engine.constraints import Constraint, Grammars
 from ritornello.hub.foreign import PublishedTokenizer, read_tokenizer
 from ritornello.hub.native import tokenizer_in
 from ritornello.hub.spelling import speller
-from ritornello.train.tokenizer import StreamDecoder
+from ritornello.hub.tokenizer import to_transformers
+from ritornello.train.tokenizer import BpeTokenizer, ByteTokenizer, StreamDecoder
 from tests.hub.foreign import KINDS, NAMES, TEXTS, byte_level, folder_of, pieces, spoilt, unigram
 
 ROOM = 1000
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+@cache
 def made(text: str, **how: Any) -> PublishedTokenizer:
-    return PublishedTokenizer(json.loads(text), **{"source": "tokenizer.json", "room": ROOM, "ends": [2], **how})
+    return PublishedTokenizer(json.loads(text), **{"source": "tokenizer.json", "room": ROOM, "ends": (2,), **how})
 
 
 @every_kind
@@ -47,8 +50,9 @@ def test_text_comes_back_whole_and_in_pieces(kind: str, tmp_path: Path) -> None:
     found, theirs = read_tokenizer(folder_of(tmp_path, kind), ROOM), AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         ids, said = found.encode(text), text.replace("▁", " ") if kind != "bytes" else text
-        if "<0x41>" not in text or kind == "bytes":  # which SentencePiece takes for the byte it spells
-            assert found.decode(ids) == said == theirs.decode(ids)
+        assert found.decode(ids) == theirs.decode(ids)
+        if not (text.startswith(" ") and found.lead and kind != "legacy"):  # which loses the first of these
+            assert found.decode(ids) == said
         stream = StreamDecoder(found)
         parts = [stream.push([i]) for i in ids]
         assert "�" not in "".join(parts) and "".join(parts) + stream.finish() == found.decode(ids)
@@ -61,9 +65,10 @@ def test_text_comes_back_whole_and_in_pieces(kind: str, tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 329), max_size=12))
-def test_any_ids_are_decoded_as_theirs_are(ids: list[int]) -> None:
+@given(st.lists(st.integers(0, 10**9), max_size=12))
+def test_any_ids_are_decoded_as_theirs_are(numbers: list[int]) -> None:
     found = made(byte_level())
+    ids = [n % found.vocab_size for n in numbers]
     assert found.decode(ids) == found._marked.decode(ids, skip_special_tokens=True)
 
 
@@ -89,7 +94,7 @@ def test_text_that_spells_a_special_token_stays_text(kind: str, text: str, tmp_p
 
 
 def test_a_special_token_that_is_a_piece_is_refused_as_text() -> None:
-    found = made(unigram(), ends=[1])
+    found = made(unigram(), ends=(1,))
     assert found.decode(found.encode("the theme returns")) == "the theme returns"
     assert found.encode("the Q")[-1] == 0 and found.special[0] == "<unk>"  # unknown, and not meant
     with pytest.raises(ValueError, match="text = '</s>': must be without it"):
@@ -116,11 +121,9 @@ def test_ends_are_found_in_all_places(tmp_path: Path) -> None:
 
 
 def test_ours_are_told_from_theirs(tmp_path: Path) -> None:
-    from ritornello.hub.tokenizer import to_transformers
-    from ritornello.train.tokenizer import ByteTokenizer
-
     to_transformers(ByteTokenizer(chat=True), max_length=8, vocab_size=264).save_pretrained(tmp_path / "ours")
-    assert tokenizer_in(tmp_path / "ours", 264).to_json() == ByteTokenizer(chat=True).to_json()
+    ours = tokenizer_in(tmp_path / "ours", 264)
+    assert isinstance(ours, BpeTokenizer) and ours.chat_ids == ByteTokenizer(chat=True).chat_ids
     theirs = tokenizer_in(folder_of(tmp_path / "theirs"), ROOM)
     assert isinstance(theirs, PublishedTokenizer)
     with pytest.raises(ValueError, match="AutoTokenizer"):
@@ -132,14 +135,13 @@ def test_a_constraint_is_kept(kind: str, tmp_path: Path) -> None:
     found = read_tokenizer(folder_of(tmp_path, kind), ROOM)
     found.stop_ids |= {0}
     matcher, ids = Grammars(found).start(Constraint(regex="the|the end")), list[int]()
-    for text in ("t", "he"):
-        allowed = matcher.allowed().nonzero().flatten().tolist()
-        assert all("the end".startswith(found.token_bytes[i].decode()) for i in allowed if not matcher.tokens)
-        ids += [next(i for i in allowed if found.token_bytes[i] == text[:1].encode())]
-        matcher.push(ids[-1])
-    matcher.push(next(i for i in matcher.allowed().nonzero().flatten().tolist() if found.token_bytes[i] == b"e"))
+    while found.decode_bytes(ids) != b"the":
+        (only,) = matcher.allowed().nonzero().flatten().tolist()
+        ids.append(only)
+        matcher.push(only)
     allowed = set(matcher.allowed().nonzero().flatten().tolist())
     assert {0, 2} < allowed and not found.special.keys() & allowed - {0, 2}  # whole: any end, or more
+    assert all(b" end".startswith(found.token_bytes[i]) for i in allowed - {0, 2})
     matcher.push(0)
     assert matcher.ended and set(matcher.allowed().nonzero().flatten().tolist()) == {0, 2}
     matcher.rollback(1)
@@ -189,7 +191,7 @@ def test_files_beside_it_are_checked(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     for name, text, said in (
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token = 5: must be the text of a token"),
-        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template = 5: must be a text"),
+        ("tokenizer_config.json", '{"chat_template": 5, "eos_token": "<pad>"}', "chat_template = 5: must be a text"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id = '2': must be ids of tokens"),
         ("generation_config.json", '{"eos_token_id": [999]}', "eos_token_id = 999: must be in [0, "),
@@ -237,6 +239,6 @@ def test_decoders_that_look_at_neighbours_are_refused(part: Any) -> None:
 
 
 def test_byte_lengths_are_of_text_alone() -> None:
-    found = made(byte_level(), names=NAMES["bytes"].values())
+    found = made(byte_level(), names=tuple(NAMES["bytes"].values()))
     assert isinstance(found.byte_lengths, np.ndarray) and found.byte_lengths.shape == (found.vocab_size,)
     assert found.byte_lengths[:4].tolist() == [0] * 4 and (found.byte_lengths[4:-1] > 0).all()

@@ -27,7 +27,7 @@ TALKS = {
     "several": said("the theme", " returns \n", "\n\n2026\n", "", "  Ünïcödé 🙂  "),
     "nothing": said(""),
     "white": said(" \n "),
-    "code": said("x = {'a': 1}\n{{ 7 * 7 }} {% if %} \\n", "</think> 1\n\n2"),
+    "code": said("x = {'a': 1}\n{{ 7 * 7 }} {% if %} \\n", "</think> 1\n\n2", "so"),
 }
 CASES = [("bytes", CHATML), ("bytes", TRIMS), ("bytes", LOUD), *((k, PLAIN) for k in ("pieces", "legacy", "always"))]
 
@@ -119,13 +119,13 @@ def test_templates_of_older_folders(tmp_path: Path) -> None:
 
 HOSTILE = {
     "a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "a power": "{{ 10 ** 10 ** 10 }}",
+    "a power": "{{ 10 ** (10 ** 10) }}",
     "a long text": "{{ 'x' * 10 ** 11 }}",
     "many texts": "{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}",
     "doubling": "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
     "a macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "an attribute": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ raise_exception.__globals__ }}",
+    "globals": "{{ raise_exception.__globals__.json }}",
     "a namespace": "{{ namespace(__class__=1) }}",
     "a file": "{% include '/etc/passwd' %}",
     "no template": "{% for x in %}",

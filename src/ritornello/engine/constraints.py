@@ -90,8 +90,8 @@ class Grammars:
 class Matcher:
     """One text as it grows: `allowed` says what may come, `push` takes what came.
 
-    `allowed` is never empty: every byte is a token. Where there is no choice of bytes it is only the token that the
-    tokenizer itself would write.
+    `allowed` is never empty where every byte is a token. Where there is no choice of bytes it is only the token that
+    the tokenizer itself would write.
     """
 
     def __init__(self, grammars: Grammars, constraint: Constraint, matcher: Any, tokens: list[int]) -> None:
@@ -160,12 +160,24 @@ class _Vocabulary:
         self.eos_token_id = tokenizer.eos_id
         padding = [b""] * (vocab_size - tokenizer.vocab_size)
         self.tokens = [text if len(text) <= LONGEST else b"" for text in tokenizer.token_bytes] + padding
-        self._encode, self._ids = tokenizer.encode, {text: i for i, text in enumerate(self.tokens)}
+        self._encode, self._ids = tokenizer.encode, {text: i for i, text in enumerate(self.tokens) if text}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
         """Asked where there is no choice of bytes: then they are written as the model knows them."""
-        ids = self._encode(text)
-        return ids if all(self.tokens[i] for i in ids) else [self._ids[bytes([byte])] for byte in text.encode()]
+        ids, data = self._encode(text), text.encode()
+        return ids if b"".join([self.tokens[i] for i in ids]) == data else self._spelt(data)
+
+    def _spelt(self, data: bytes) -> list[int]:
+        """By the longest tokens there are, for a tokenizer that adds to a text; up to a byte that none has."""
+        found, at = list[int](), 0
+        while at < len(data):
+            ends = range(min(len(data), at + self._longest), at, -1)
+            if (end := next((end for end in ends if data[at:end] in self._ids), None)) is None:
+                break
+            found.append(self._ids[data[at:end]])
+            at = end
+        return found
 
 
 def _matcher(tokens: Any, constraint: Constraint) -> Any:
