@@ -107,7 +107,8 @@ class PublishedTokenizer(Tokenizer):
 
     def _begins(self) -> list[int]:
         """What their post-processor puts before a text."""
-        found = self._marked.encode("a", add_special_tokens=True)
+        with _named(self._source):
+            found = self._marked.encode("a", add_special_tokens=True)
         text = next((at for at, added in enumerate(found.special_tokens_mask) if not added), 0)
         return found.ids[:text]
 
@@ -188,13 +189,14 @@ def _template(folder: Path, about: Mapping[str, Any]) -> tuple[str | None, str]:
 def _of_text(body: Mapping[str, Any]) -> dict[str, Any]:
     """Without the merges that make a special token out of ordinary text, which SentencePiece's files come with."""
     special = {token.get("content") for token in body.get("added_tokens") or [] if token.get("special")}
-    model = body["model"]
-    merges = [pair for pair in model.get("merges") or [] if _joined(pair) not in special]
-    return {**body, "model": {**model, "merges": merges} if "merges" in model else model}
+    model, merges = body["model"], body["model"].get("merges")
+    if not isinstance(merges, list):
+        return {**body}
+    return {**body, "model": {**model, "merges": [pair for pair in merges if _joined(pair) not in special]}}
 
 
 def _joined(pair: Any) -> str:
-    return pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)
+    return "".join(map(str, pair)) if isinstance(pair, list) else str(pair).replace(" ", "", 1)
 
 
 def _inside(body: Any) -> Any:

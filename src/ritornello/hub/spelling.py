@@ -21,10 +21,12 @@ def speller(decoder: Any) -> tuple[Callable[[str], bytes], str]:
     Raises:
         ValueError: pieces that have no bytes of their own.
     """
-    parts = decoder.get("decoders") if isinstance(decoder, dict) and decoder.get("type") == "Sequence" else [decoder]
-    known = isinstance(parts, list) and all(isinstance(part, dict) for part in parts)
+    whole: Any = (
+        decoder.get("decoders") if isinstance(decoder, dict) and decoder.get("type") == "Sequence" else [decoder]
+    )
+    known = isinstance(whole, list) and all(isinstance(part, dict) for part in whole)
     require(known, "decoder", decoder, KNOWN)
-    parts = [part for part in parts if part.get("type") != "Fuse"]
+    parts = [part for part in whole if part.get("type") != "Fuse"]
     if [part.get("type") for part in parts] == ["ByteLevel"]:
         return byte_level, ""
     space, lead, has_bytes = "", "", False

@@ -74,13 +74,9 @@ def compiled(source: str) -> Template:
     """What transformers would run."""
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     sandbox.filters["tojson"] = as_json
-    sandbox.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": lambda *args, **values: dict(*args, **values),
-        "namespace": Values,
-    }
-    return sandbox.from_string(source)
+    known = {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    known |= {"dict": lambda *args, **values: dict(*args, **values), "namespace": Values}
+    return sandbox.from_string(source, globals=known)
 
 
 def rendered(source: str, values: Mapping[str, Any]) -> dict[str, str]:
