@@ -238,6 +238,12 @@ def test_decoders_that_look_at_neighbours_are_refused(part: Any) -> None:
         speller({"type": "Sequence", "decoders": [{"type": "ByteFallback"}, part]})
 
 
+def test_half_a_character_is_one_sign() -> None:
+    found = made(pieces())
+    ids = found.encode("語")[-3:]
+    assert found.decode(ids) == "語" and found.decode(ids[:2]) == "�" != found._marked.decode(ids[:2])
+
+
 def test_byte_lengths_are_of_text_alone() -> None:
     found = made(byte_level(), names=tuple(NAMES["bytes"].values()))
     assert isinstance(found.byte_lengths, np.ndarray) and found.byte_lengths.shape == (found.vocab_size,)
