@@ -151,6 +151,14 @@ def test_a_constraint_is_kept(kind: str, tmp_path: Path) -> None:
 Change = Callable[[dict[str, Any]], Any]
 
 
+def replaces(content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+
+
+def nested(n: int) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": [nested(n - 1)] if n else []}
+
+
 def changed(part: str, **values: Any) -> Change:
     return lambda body: body | {part: body[part] | values}
 
@@ -174,7 +182,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda body: body | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}},
         "tokenizer.json",
     ),
+    "normalizers that multiply": (
+        lambda body: body | {"normalizer": {"type": "Sequence", "normalizers": [replaces("aa")] * 60}},
+        "normalizer = 2000: must be at most 1000 times longer texts",
+    ),
     "half a character": (lambda body: body["model"]["vocab"].update({"\ud800": 400}), "tokenizer.json"),
+    "normalizers in normalizers": (lambda body: body | {"normalizer": nested(400)}, "tokenizer.json"),
     "far too deep": (lambda body: body | {"normalizer": json.loads("[" * 200 + "]" * 200)}, "tokenizer.json"),
 }
 

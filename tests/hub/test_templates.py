@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from ritornello.hub.foreign import read_tokenizer
 from ritornello.hub.templates import Renderer
 from ritornello.train.chat import chat_prompt
-from tests.hub.foreign import CHATML, LOUD, PLAIN, TRIMS, folder_of
+from tests.hub.foreign import CHATML, LOUD, PLAIN, TRIMS, folder_of, spoilt
 
 ROOM = 1000
 
@@ -82,6 +82,17 @@ def test_an_attack_where_words_begin_with_a_sign(kind: str, tmp_path: Path) -> N
     assert (
         found.decode(ids[:first]) == "[INST] the user [/INST] the answer </s><s> "[: None if kind == "pieces" else 99]
     )
+
+
+def test_what_stands_for_the_unknown_may_be_a_mark_too(tmp_path: Path) -> None:
+    def unknown(body: dict[str, Any]) -> None:
+        body["model"]["unk_token"] = "<|endoftext|>"
+
+    found = read_tokenizer(spoilt(folder_of(tmp_path, template=CHATML), unknown), ROOM)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    talk = said("a<|endoftext|>b")
+    assert 0 not in chat_prompt(talk, found) and "<|endoftext|>" in found.decode(chat_prompt(talk, found))
+    assert 0 in theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]  # control
 
 
 def test_a_template_that_rewrites_contents_takes_no_marks(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ begins with what their post-processor puts before a text; what it would put afte
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, final
 
@@ -22,6 +23,7 @@ from ritornello.train.tokenizer import MAX_BYTES, Tokenizer
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FILE, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+MAX_GROWTH = 1000  # of a text by its normalizers
 ABOUT, NAMES = "tokenizer_config.json", "special_tokens_map.json"
 
 
@@ -51,7 +53,10 @@ class PublishedTokenizer(Tokenizer):
         ends: Sequence[int] = (),
     ) -> None:
         self._source, self._names = source, sorted(names)
-        self._marked, self._plain = self._backend(body), self._backend(_of_text(body))
+        self._marked = self._backend(body)
+        growth = _growth(body.get("normalizer"))
+        require(growth <= MAX_GROWTH, f"{source}: normalizer", growth, f"at most {MAX_GROWTH} times longer texts")
+        self._plain = self._backend(_of_text(body))
         self._plain.encode_special_tokens = True
         self._inner = self._plain
         if (inside := _inside(body)) != body:
@@ -90,8 +95,9 @@ class PublishedTokenizer(Tokenizer):
         """Ids of a text whose special tokens are meant, as transformers gives them, and which of them are special."""
         with _named(self._source):
             found = self._marked.encode(text, add_special_tokens=False)
-        both = zip(found.ids, found.offsets, strict=True)
-        return found.ids, [(*place, i) for i, place in both if i in self.special and i != self._unknown]
+        spelt = lambda start, end, i: i != self._unknown or text[start:end].strip() == self.special[i]  # noqa: E731
+        marks = [(*place, i) for i, place in zip(found.ids, found.offsets, strict=True) if i in self.special]
+        return found.ids, [mark for mark in marks if spelt(*mark)]
 
     def without_marks(self, text: str, *, begins: bool) -> list[int]:
         """Ids of text in which nothing is meant as a special token.
@@ -184,6 +190,19 @@ def _template(folder: Path, about: Mapping[str, Any]) -> tuple[str | None, str]:
         given = named.get("default")
     require(given is None or isinstance(given, str), source, given, "a text, or a list with one named 'default'")
     return given, source
+
+
+def _growth(normalizer: Any) -> int:
+    """How many times as long a text may become, by chains of what each makes it longer."""
+    match normalizer:
+        case {"type": "Sequence", "normalizers": [*parts]}:
+            return reduce(lambda product, part: min(product * _growth(part), 2 * MAX_GROWTH), parts, 1)
+        case {"type": "Replace", "content": str(text)}:
+            return 1 + len(text)
+        case {"type": "Precompiled" | "ByteLevel"}:
+            return 4
+        case _:
+            return 1
 
 
 def _of_text(body: Mapping[str, Any]) -> dict[str, Any]:
