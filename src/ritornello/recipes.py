@@ -54,12 +54,18 @@ def find_model(name_or_path: str | Path) -> Path:
     return path if path.exists() or path.name != str(name_or_path) else shipped.get(path.name, path)
 
 
-def is_exported(path: Path) -> bool:
-    """Whether the folder's config.json is one of transformers; a damaged one is not."""
+def model_type(path: Path) -> str | None:
+    """What transformers calls the folder's model; None: its config.json is not one of transformers, or damaged."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "ritornello"
+        found = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+        return None
+    return found if isinstance(found, str) else None
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder's model is one of this package, in transformers' form."""
+    return model_type(path) == "ritornello"
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -135,7 +135,7 @@ DAMAGE = {
     "a shape that is none": (lambda f: spoil_json(f / "config.json", lora_targets=5), "lora_targets"),
     "no configuration": (lambda f: (f / "config.json").write_text('{"model_type": "ritornello", "dim": "big"}'), "dim"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
-    "added tokens": (lambda f: spoil_json(f / "tokenizer.json", added_tokens=[{"content": "<x>"}]), "added_tokens"),
+    "added tokens": (lambda f: spoil_json(f / "tokenizer.json", added_tokens=[{"content": "<x>"}]), "tokenizer.json"),
 }
 NORM = "model.rdt.norm.weight"
 

@@ -29,7 +29,7 @@ def make(directory: Path, lengths: list[int], vocab_size: int = 257) -> Split:
     found = path.stat()
     before = (found.st_size, found.st_mtime_ns, found.st_ino)
     offsets = np.cumsum([0, *map(len, documents)])
-    return Split(path, np.memmap(path, "<u2", "r"), offsets, byte_lengths, sum(lengths), before)
+    return Split(path, np.memmap(path, "<u2", "r"), offsets, byte_lengths, vocab_size - 1, sum(lengths), before)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from ritornello.train import files, shards
 from ritornello.train.corpus import Corpus, Document, open_corpus
 from ritornello.train.shards import Dataset, Split, build, open_shards
-from ritornello.train.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from ritornello.train.tokenizer import ByteTokenizer, OwnTokenizer, Tokenizer, train_bpe
 
 TEXTS = [f"document {i}\n" * (1 + i % 7) for i in range(60)] + ["", "<|endoftext|>\0é🙂"]
 
@@ -56,7 +56,7 @@ def test_documents_come_back(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: 
 
 
 @final
-class Wide(Tokenizer):
+class Wide(OwnTokenizer):
     """Ids that need 32 bits."""
 
     def __init__(self) -> None:

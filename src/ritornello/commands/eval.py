@@ -26,7 +26,9 @@ class Eval(Command):
 
     path: Annotated[
         Positional[Path],
-        arg(metavar="RUN", help="A run, a checkpoint, an exported folder, or `python`, a model that comes along."),
+        arg(
+            metavar="RUN", help="A run, a checkpoint, an exported or converted folder, or `python`, which comes along."
+        ),
     ]
     tasks: Annotated[str, TEXT, option("What lm-eval calls them: NAME,NAME.", metavar="NAMES")]
     loops: Annotated[str | None, TEXT, option("Depths, as 1,2,4,8. Default: the model's own.", metavar="N,N")] = None

@@ -20,7 +20,7 @@ class Serve(Command):
 
     path: Annotated[
         Positional[Path],
-        arg(metavar="RUN", help="A run, one of its checkpoints, an exported folder, or `python`."),
+        arg(metavar="RUN", help="A run, a checkpoint, an exported, converted or published folder, or `python`."),
     ]
     host: Annotated[str, option("Where to listen; others get in by a key only.", metavar="ADDRESS")] = "127.0.0.1"
     port: Annotated[int, INTEGER, option("0 takes any that is free.")] = 8000

@@ -20,7 +20,7 @@ CALIBRATED = "calibrated"
 class Writing(Command, ABC):
     path: Annotated[
         Positional[Path],
-        arg(metavar="RUN", help="A run, one of its checkpoints, or `python`, a model that comes along."),
+        arg(metavar="RUN", help="A run, a checkpoint, an exported, converted or published folder, or `python`."),
     ]
     loops: Annotated[int | None, INTEGER, option("Depth; with --exit the most it may reach.")] = None
     exit: Annotated[

@@ -81,7 +81,7 @@ class Conversation:
         prompt, n_dropped = self._fitting(messages)
         seed = self._wishes.get("seed", 0) + self._n_answers
         request = self._request(prompt, self._wishes | {"seed": seed})
-        answer = Text(self.loaded.tokenizer, self._stops)
+        answer = Text(self.loaded.tokenizer, self._stops, begins=True)
         return Answer(self._written(request, answer, messages), n_dropped, answer)
 
     def _fitting(self, messages: list[Message]) -> tuple[list[int], int]:

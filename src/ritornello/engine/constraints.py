@@ -76,7 +76,8 @@ class Grammars:
         self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         require_int("vocab_size", self.vocab_size, tokenizer.vocab_size)
         vocabulary = _Vocabulary(tokenizer, self.vocab_size)
-        self.eos_id, self.token_bytes = tokenizer.eos_id, vocabulary.tokens
+        self.stop_ids, self.token_bytes = tokenizer.stop_ids, vocabulary.tokens
+        self.ends = torch.tensor(sorted(self.stop_ids))
         self._library = _library()
         self._tokens = self._library.LLTokenizer(vocabulary)
 
@@ -89,8 +90,8 @@ class Grammars:
 class Matcher:
     """One text as it grows: `allowed` says what may come, `push` takes what came.
 
-    `allowed` is never empty: every byte is a token. Where there is no choice of bytes it is only the token that the
-    tokenizer itself would write.
+    `allowed` is never empty where every byte is a token. Where there is no choice of bytes it is only the token that
+    the tokenizer itself would write.
     """
 
     def __init__(self, grammars: Grammars, constraint: Constraint, matcher: Any, tokens: list[int]) -> None:
@@ -99,26 +100,27 @@ class Matcher:
 
     @property
     def ended(self) -> bool:
-        return bool(self.tokens) and self.tokens[-1] == self._grammars.eos_id
+        return bool(self.tokens) and self.tokens[-1] in self._grammars.stop_ids
 
     def allowed(self) -> Tensor:
-        """(V,) bool, on the CPU: the ids that may come next. The end of the document is one where the text is whole,
-        and the only one where nothing may follow, or after itself.
+        """(V,) bool, on the CPU: the ids that may come next. Those that end a text are where it is whole, and no others
+        where nothing may follow, or after one of themselves.
 
         Raises:
             ValueError: the constraint has become too complex to follow.
         """
-        vocab_size, eos = self._grammars.vocab_size, self._grammars.eos_id
+        vocab_size, ends = self._grammars.vocab_size, self._grammars.ends
         if self.ended:
-            return torch.arange(vocab_size) == eos
+            return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ends, True)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._require_alive()
-        return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_))
+        found = torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_))
+        return found.index_fill_(0, ends, bool(found[ends].any()))  # llguidance knows one of them
 
     def push(self, token: int) -> None:
         """Raises ValueError, and changes nothing, if `token` may not come next."""
         require_int("token", token, 0, self._grammars.vocab_size - 1)
-        if token == self._grammars.eos_id:
+        if token in self._grammars.stop_ids:
             ok = self.ended or self._matcher.is_accepting()
         else:
             empty = self.ended or not self._grammars.token_bytes[token]
@@ -131,7 +133,8 @@ class Matcher:
         """Forget the last n tokens."""
         require_int("n", n, 0, len(self.tokens))
         kept = len(self.tokens) - n
-        taken = sum(token != self._grammars.eos_id for token in self.tokens[kept:])  # llguidance never saw the end
+        ends = self._grammars.stop_ids  # which llguidance never saw
+        taken = sum(token not in ends for token in self.tokens[kept:])
         self._matcher.rollback(taken)
         self._require_alive()
         del self.tokens[kept:]
@@ -157,12 +160,24 @@ class _Vocabulary:
         self.eos_token_id = tokenizer.eos_id
         padding = [b""] * (vocab_size - tokenizer.vocab_size)
         self.tokens = [text if len(text) <= LONGEST else b"" for text in tokenizer.token_bytes] + padding
-        self._encode, self._ids = tokenizer.encode, {text: i for i, text in enumerate(self.tokens)}
+        self._encode, self._ids = tokenizer.encode, {text: i for i, text in enumerate(self.tokens) if text}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
         """Asked where there is no choice of bytes: then they are written as the model knows them."""
-        ids = self._encode(text)
-        return ids if all(self.tokens[i] for i in ids) else [self._ids[bytes([byte])] for byte in text.encode()]
+        ids, data = self._encode(text), text.encode()
+        return ids if b"".join([self.tokens[i] for i in ids]) == data else self._spelt(data)
+
+    def _spelt(self, data: bytes) -> list[int]:
+        """By the longest tokens there are, for a tokenizer that adds to a text; up to a byte that none has."""
+        found, at = list[int](), 0
+        while at < len(data):
+            ends = range(min(len(data), at + self._longest), at, -1)
+            if (end := next((end for end in ends if data[at:end] in self._ids), None)) is None:
+                break
+            found.append(self._ids[data[at:end]])
+            at = end
+        return found
 
 
 def _matcher(tokens: Any, constraint: Constraint) -> Any:

@@ -183,7 +183,7 @@ def requests(
     """What is asked for these texts, row i with seed + i, and the strings that end them: everything is checked."""
     require(isinstance(loaded, Loaded), "loaded", type(loaded).__name__, "what load(...) returns")
     tokenizer, stops = loaded.tokenizer, stop_texts(stop)
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    ids = [tokenizer.prompt(prompt) for prompt in prompts]
     require(len(ids) > 0, "prompts", prompts, "at least one text")
     return requests_of(loaded, ids, **wishes), stops
 
@@ -217,8 +217,7 @@ def requests_of(
     require(longest <= limit, "prompt", f"{longest} tokens", f"at most max_seq_len = {limit}")
     how: Any = {"max_tokens": max_tokens, "n_loops": n_loops, "exit": exit}
     how |= {"n_logprobs": n_logprobs, "scores_prompt": scores_prompt}
-    stop_ids = frozenset(range(tokenizer.eos_id, tokenizer.vocab_size))
-    how |= {"stop": stop_ids, "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
+    how |= {"stop": tokenizer.stop_ids, "loop_budget": loop_budget, "draft": draft, "constraint": constraint}
     seeds = [replace(checked, seed=(checked.seed + i) % 2**63) for i in range(len(ids))]
     asked = [Request(prompt=row, sampling=seed, **how) for row, seed in zip(ids, seeds, strict=True)]
     check_request(model.config, asked[0], n_loops=n_loops or model.config.n_loops, vocab_size=tokenizer.vocab_size)

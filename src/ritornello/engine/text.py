@@ -18,11 +18,14 @@ class Generation:
 
 
 class Text:
-    """One growing continuation: decodes, watches for stop strings, holds back what may become one."""
+    """One growing continuation: decodes, watches for stop strings, holds back what may become one.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    begins: it is a text of its own, as an answer in a conversation is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, begins: bool = False) -> None:
         self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = StreamDecoder(tokenizer)
+        self.decoder = StreamDecoder(tokenizer, begins=begins)
         self.tokens: list[int] = []
         self.loops: list[int] = []
         self.text = self.held = ""
@@ -47,7 +50,7 @@ class Text:
 
     def push(self, token: int, loops: int) -> str:
         """Take a token; return the text that is now certain."""
-        if token >= self.tokenizer.eos_id:  # none of these has a text
+        if token in self.tokenizer.stop_ids:
             return self.finish("end")
         self.tokens.append(token)
         self.loops.append(loops)

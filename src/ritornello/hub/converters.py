@@ -13,10 +13,12 @@ import torch
 
 from ritornello import recipes
 from ritornello.config import MAX_SIZE, ModelConfig, pick, require
+from ritornello.device import pick_device
+from ritornello.engine.generate import Loaded
 from ritornello.hub import hrm_text, huginn, ouro, parcae
 from ritornello.hub.export import created, free, write_model
 from ritornello.hub.modeling import RitornelloForCausalLM
-from ritornello.hub.native import weight_files
+from ritornello.hub.native import loaded_of, tokenizer_in, weight_files
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import tensors
 from ritornello.train.stored import Stored
@@ -59,10 +61,17 @@ def read_published(path: str | Path) -> RecurrentDepthTransformer:
     return model.eval()
 
 
+def load_published(path: str | Path, *, device: str = "auto") -> Loaded:
+    """Such a model with its tokenizer, ready to generate; errors as above."""
+    path, target = Path(path), pick_device(device)
+    model = read_published(path).to(target)
+    return loaded_of(model, tokenizer_in(path, model.config.vocab_size), path)
+
+
 def convert(path: str | Path, target: str | Path, *, max_shard: str = "5GB") -> Path:
     """Write a published model as a folder that transformers reads, as `export` does a run, whole or not at all.
 
-    Its tokenizer's files come along as they are: text is transformers' business, for theirs is none of this package's.
+    Its tokenizer's files come along as they are.
     max_shard: the largest file, "200MB" for example.
 
     Raises:
@@ -80,8 +89,10 @@ def convert(path: str | Path, target: str | Path, *, max_shard: str = "5GB") -> 
 
 
 def _ids(source: Path) -> dict[str, Any]:
-    """The tokens that begin, end and fill up texts, where theirs names them."""
-    body = recipes.read_object(source)
+    """The tokens that begin, end and fill up texts, where theirs names them: first of all for those who write."""
+    writing = source.with_name("generation_config.json")
+    said = recipes.read_object(writing) if writing.exists() else {}
+    body = recipes.read_object(source) | {name: value for name, value in said.items() if value is not None}
     found = {name: body.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, ids in found.items():
         some = ids if isinstance(ids, list) and name.startswith("eos") else [ids] if ids is not None else []

@@ -12,28 +12,27 @@ from ritornello.config import DataConfig, ModelConfig, Recipe, require
 from ritornello.device import pick_device
 from ritornello.engine.generate import Loaded
 from ritornello.hub.configuration import SHAPE
+from ritornello.hub.foreign import read_tokenizer
 from ritornello.hub.shards import INDEX, WEIGHTS
-from ritornello.hub.tokenizer import without_specials
+from ritornello.hub.tokenizer import is_own, without_specials
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.train import tensors
 from ritornello.train.stored import Stored
-from ritornello.train.tokenizer import MAX_BYTES, from_json
+from ritornello.train.tokenizer import MAX_BYTES, Tokenizer, from_json
 
 PREFIX = "model.rdt."
 SCALAR = "loop_embedding_scale"  # a vector of one number in such a folder
 
 
 def load_exported(path: str | Path, *, device: str = "auto") -> Loaded:
-    """The model of a folder that `export` or `save_pretrained` wrote, ready to generate.
+    """The model of a folder that `export`, `convert` or `save_pretrained` wrote, ready to generate.
 
     Raises:
         ValueError: what is damaged, missing or not of this model, named.
     """
     path, target = Path(path), pick_device(device)
     shape = _shape(path / "config.json")
-    tokenizer = from_json(without_specials(recipes.read_text(path / "tokenizer.json", max_bytes=MAX_BYTES)))
-    n_ids = tokenizer.vocab_size
-    require(n_ids <= shape.vocab_size, f"{path} tokenizer", f"{n_ids} ids", f"at most the model's {shape.vocab_size}")
+    tokenizer = tokenizer_in(path, shape.vocab_size)
     with torch.device("meta"):
         model = RecurrentDepthTransformer(shape)
     stored = Stored(weight_files(path))
@@ -44,8 +43,24 @@ def load_exported(path: str | Path, *, device: str = "auto") -> Loaded:
     tensors.check(found, expected, stored.source)
     state = {name.removeprefix(PREFIX): x for name, x in stored.read().items()}
     model.load_state_dict({n: x.view(()) if n.endswith(SCALAR) else x for n, x in state.items()}, assign=True)
-    recipe = Recipe(model=shape, data=DataConfig(seq_len=min(DataConfig.seq_len, shape.max_seq_len)))
-    return Loaded(model.eval().to(target), tokenizer, recipe, path)
+    return loaded_of(model.to(target), tokenizer, path)
+
+
+def loaded_of(model: RecurrentDepthTransformer, tokenizer: Tokenizer, path: Path) -> Loaded:
+    """What generates, without a recipe that it was trained by."""
+    data = DataConfig(seq_len=min(DataConfig.seq_len, model.config.max_seq_len))
+    return Loaded(model.eval(), tokenizer, Recipe(model=model.config, data=data), path)
+
+
+def tokenizer_in(path: Path, room: int) -> Tokenizer:
+    """The tokenizer of a folder: one of ours, or what a published model came with. room: ids that the model has."""
+    text = recipes.read_text(path / "tokenizer.json", max_bytes=MAX_BYTES)
+    if not is_own(recipes.parse_json(text, path / "tokenizer.json")):
+        return read_tokenizer(path, room)
+    tokenizer = from_json(without_specials(text))
+    n_ids = tokenizer.vocab_size
+    require(n_ids <= room, f"{path} tokenizer", f"{n_ids} ids", f"at most the model's {room}")
+    return tokenizer
 
 
 def _shape(source: Path) -> ModelConfig:

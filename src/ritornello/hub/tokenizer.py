@@ -14,9 +14,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ritornello import recipes
 from ritornello.config import require
-from ritornello.train.tokenizer import CHAT_TOKENS, ByteTokenizer, Tokenizer
+from ritornello.train.tokenizer import CHAT_TOKENS, END, ByteTokenizer, OwnTokenizer, Tokenizer
 
-END, PADDING = "<|endoftext|>", "<|padding|>"
+PADDING = "<|padding|>"
 STOP = CHAT_TOKENS[-1]
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{- '<|' + message['role'] + '|>' -}}
@@ -34,7 +34,12 @@ def to_transformers(tokenizer: Tokenizer, *, max_length: int, vocab_size: int | 
 
     vocab_size: ids that the model knows. One to spare becomes padding: where the end of a text pads too, collators take
     it out of what is learnt, and a model that is tuned never learns to stop.
+
+    Raises:
+        ValueError: somebody else's tokenizer, which transformers reads from its own folder.
     """
+    kind, remedy = type(tokenizer).__name__, "AutoTokenizer.from_pretrained(FOLDER) reads another"
+    require(isinstance(tokenizer, OwnTokenizer), "tokenizer", kind, "one that a run was trained with", remedy)
     backend = _bytes() if isinstance(tokenizer, ByteTokenizer) else _pieces(tokenizer)
     spare = padding_id(tokenizer, vocab_size) != tokenizer.eos_id
     backend.add_special_tokens([END, *tokenizer.chat_ids, *([PADDING] if spare else [])])
@@ -72,7 +77,21 @@ def _pieces(tokenizer: Tokenizer) -> Backend:
 
 def ends(tokenizer: Tokenizer) -> int | list[int]:
     """Ids after which nothing is written: of a document, or of a message."""
-    return [tokenizer.eos_id, tokenizer.chat_ids[STOP]] if tokenizer.is_chat else tokenizer.eos_id
+    stop = {tokenizer.eos_id, tokenizer.chat_ids[STOP]} if tokenizer.chat_ids else tokenizer.stop_ids
+    return sorted(stop) if len(stop) > 1 else tokenizer.eos_id
+
+
+def is_own(tokenizer_json: Any) -> bool:
+    """Whether this object is one that `to_transformers` led to: its special tokens come after all pieces of text."""
+    if not isinstance(tokenizer_json, dict) or not isinstance(model := tokenizer_json.get("model"), dict):
+        return False
+    added = tokenizer_json.get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    names = [token.get("content") for token in tokens]
+    known = [END, *CHAT_TOKENS]
+    ids = range(len(model.get("vocab") or ()), len(model.get("vocab") or ()) + len(tokens))
+    ours = [name for name in names if name != PADDING] in (known[:1], known)
+    return ours and [token.get("id") for token in tokens] == [*ids]
 
 
 def without_specials(tokenizer_json: str) -> str:

@@ -132,9 +132,8 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:
     """A token as text; as OpenAI does where its bytes are none, and by name where it has none."""
-    if token >= tokenizer.eos_id:
-        names = {i: name for name, i in tokenizer.chat_ids.items()}
-        return names.get(token, "<|endoftext|>")
+    if token in tokenizer.special:
+        return tokenizer.special[token]
     data = tokenizer.token_bytes[token]
     try:
         return data.decode()
@@ -145,8 +144,8 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
 class Offsets:
     """Where each token's text begins, in characters: of a character in several tokens, all where it begins."""
 
-    def __init__(self, tokenizer: Tokenizer, at: int = 0) -> None:
-        self.at, self._decoder = at, StreamDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, at: int, *, begins: bool = True) -> None:
+        self.at, self._decoder = at, StreamDecoder(tokenizer, begins=begins)
 
     def of(self, token: int) -> int:
         at = self.at

@@ -138,7 +138,7 @@ def _ids(loaded: Loaded, settings: Settings, body: CompletionBody) -> list[list[
 def _encoded(loaded: Loaded, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
         _require_short(loaded, "prompt", len(prompt.encode()))
-        prompt = loaded.tokenizer.encode(prompt) or [loaded.tokenizer.eos_id]
+        prompt = loaded.tokenizer.prompt(prompt)
     high = loaded.model.config.vocab_size - 1
     require(max(prompt) <= high, "prompt", max(prompt), f"ids in [0, {high}]")
     return prompt

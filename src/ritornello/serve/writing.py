@@ -22,16 +22,16 @@ CHUNK = 0.003  # seconds between two chunks of a stream, for each text there is:
 class Choice:
     """One text under way. With `echo` its prompt's text comes first, once the prompt's scores are there, if any are."""
 
-    def __init__(self, place: int, asked: Asked, tokenizer: Tokenizer) -> None:
+    def __init__(self, place: int, asked: Asked, tokenizer: Tokenizer, *, answers: bool) -> None:
         self.place, self._asked, self._tokenizer = place, asked, tokenizer
         self.prompt = asked.prompts[place // asked.n]
-        self.text = Text(tokenizer, asked.stops)
+        self.text = Text(tokenizer, asked.stops, begins=answers)
         self.events: list[Event] = []  # of its own tokens
         self._prompt_events: list[Event] = []
         self.echoed = tokenizer.decode(self.prompt) if asked.echo else ""
         self._begun = not asked.echo
         self._told = False  # something of its scores
-        self._prompt_offsets, self._offsets = Offsets(tokenizer), Offsets(tokenizer, len(self.echoed))
+        self._prompt_offsets, self._offsets = Offsets(tokenizer, 0), Offsets(tokenizer, len(self.echoed), begins=False)
 
     @property
     def reason(self) -> End | None:
@@ -83,7 +83,9 @@ class Writing:
 
     def __init__(self, worker: Worker, texts: Texts, asked: Asked, form: Form, observer: Callable[..., object]) -> None:
         self.worker, self.texts, self.asked, self.form = worker, texts, asked, form
-        self.choices = [Choice(place, asked, form.tokenizer) for place in range(len(asked.requests))]
+        self.choices = [
+            Choice(place, asked, form.tokenizer, answers=form.is_chat) for place in range(len(asked.requests))
+        ]
         self._observer = observer
         self._began, self._begun = time.monotonic(), set[int]()
 

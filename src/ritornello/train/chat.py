@@ -2,6 +2,7 @@
 
 A message is `<|role|>` content `<|end|>`, each mark one id that no content can produce; a prompt ends with the
 `<|assistant|>` that opens the answer. The loss counts what an assistant writes: its content and the `<|end|>` after it.
+A published model's tokenizer says by a template how its prompts look.
 """
 
 import json
@@ -34,6 +35,8 @@ def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, where: str
     """Ids of a conversation that ends with the user's message, and the mark that opens the answer. Errors as above."""
     check(messages, where=where)
     _require_last(messages, "user", where, "an answer needs a question")
+    if tokenizer.template is not None:
+        return tokenizer.template(messages)
     return [*_encoded(messages, tokenizer)[0].tolist(), tokenizer.chat_ids["<|assistant|>"]]
 
 
@@ -92,7 +95,7 @@ def _check_message(message: Any, place: str) -> None:
 
 def _encoded(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     remedy = "data.format = 'chat' makes one that has"
-    require(tokenizer.is_chat, "tokenizer", type(tokenizer).__name__, "one with chat ids", remedy)
+    require(bool(tokenizer.chat_ids), "tokenizer", type(tokenizer).__name__, "one with chat ids", remedy)
     contents = tokenizer.encode_batch([message["content"].encode() for message in messages])
     ids, mask = [], []
     for message, content in zip(messages, contents, strict=True):

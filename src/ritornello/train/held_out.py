@@ -63,7 +63,8 @@ def of_files(path: str | Path, data: DataConfig, tokenizer: Tokenizer) -> HeldOu
     ids = np.concatenate([piece.ids.astype(np.uint32) for piece in found])
     mask = Mask(path, np.concatenate([piece.mask for piece in found]), before) if chat else None
     n_bytes = sum(piece.n_bytes for piece in found)
-    split = Split(path, ids, np.array(offsets), tokenizer.byte_lengths, n_bytes, before, mask)
+    about = tokenizer.byte_lengths, tokenizer.eos_id
+    split = Split(path, ids, np.array(offsets), *about, n_bytes, before, mask)
     return HeldOut(_rows(split, data), corpus.fingerprint)
 
 

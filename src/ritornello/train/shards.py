@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ class Split:
     tokens: np.ndarray  # (n_tokens,) memory-mapped
     offsets: np.ndarray  # (n_documents + 1,) int64, memory-mapped
     byte_lengths: np.ndarray  # (vocab_size,) int64: bytes of text per id; 0 for the end of a document
+    eos_id: int  # that end
     n_bytes: int  # of text that the loss counts
     before: tuple[int, int, int]  # the `stamp` of the file when it was opened
     mask: "Mask | None" = None  # None: the loss counts every id
@@ -53,11 +53,6 @@ class Split:
     @property
     def n_documents(self) -> int:
         return len(self.offsets) - 1
-
-    @cached_property
-    def eos_id(self) -> int:
-        """The first id without text."""
-        return int((self.byte_lengths == 0).argmax())
 
     def read(self, at: np.ndarray) -> np.ndarray:
         """Ids (int64) at the places `at`. Raises ValueError if the file changed since it was opened."""
@@ -297,7 +292,8 @@ def _open_split(directory: Path, name: str, meta: dict[str, Any], tokenizer: Tok
         _require_digest(path, _scan(path, tokens.dtype, tokenizer.vocab_size - 1), known["tokens_sha256"])
         _require_digest(index, hashlib.sha256(index.read_bytes()).hexdigest(), known["offsets_sha256"])
     mask = _open_mask(directory / f"{name}.mask", known, verify) if "mask_sha256" in known else None
-    return Split(path, tokens, offsets, tokenizer.byte_lengths, known["n_bytes"], before, mask)
+    about = tokenizer.byte_lengths, tokenizer.eos_id
+    return Split(path, tokens, offsets, *about, known["n_bytes"], before, mask)
 
 
 def _open_mask(path: Path, known: dict[str, Any], verify: bool) -> Mask:

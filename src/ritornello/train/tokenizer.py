@@ -1,7 +1,8 @@
 """Text to token ids and back, without loss.
 
-A tokenizer knows one id that no text can produce: the end of a document; in its chat form four more, which mark who
-speaks and where a message ends. Nothing else is special, so text that looks like a special token stays text.
+A tokenizer of ours knows one id that no text can produce: the end of a document; in its chat form four more, which mark
+who speaks and where a message ends. Nothing else is special, so text that looks like a special token stays text. Those
+of published models (`hub.foreign`) have special ids of their own, anywhere, which no text can produce either.
 """
 
 import codecs
@@ -9,7 +10,7 @@ import json
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, final
 
@@ -22,17 +23,31 @@ from ritornello.config import require, require_int
 MAX_BYTES = 100_000_000  # of a tokenizer or a list of files, far beyond any real one
 LONG_WORD = re.compile(r"(\S{1000})")
 ROLES = ("system", "user", "assistant")
+END = "<|endoftext|>"
 CHAT_TOKENS = (*(f"<|{role}|>" for role in ROLES), "<|end|>")  # as other programs spell them; here they have no text
 
 
-class Tokenizer(ABC):
-    """Ids 0 … `eos_id` − 1 stand for bytes of UTF-8. Those from `eos_id` on have no text: it ends a document, and those
-    of CHAT_TOKENS follow in the chat form, `chat_ids` by name. So a text's ids are the same in either form."""
+Template = Callable[[Sequence[Mapping[str, str]]], list[int]]
 
-    def __init__(self, token_bytes: Sequence[bytes], *, chat: bool = False) -> None:
-        self.eos_id = len(token_bytes)
-        self.chat_ids = {name: self.eos_id + 1 + i for i, name in enumerate(CHAT_TOKENS if chat else ())}
-        self.token_bytes = (*token_bytes, *[b""] * (1 + len(self.chat_ids)))
+
+class Tokenizer(ABC):
+    """What an id stands for: `token_bytes` of UTF-8, or a name in `special` and no text.
+
+    eos_id: ends a document; stop_ids, that one among them: end a text that is written.
+    chat_ids: the marks of a conversation by name, where they are ours (see `train.chat`).
+    template: the ids of a checked conversation up to where the answer begins, where its form is somebody else's.
+    lead: what decoding takes from the beginning of a whole text, for encoding puts it there.
+    """
+
+    chat_ids: Mapping[str, int] = {}
+    template: Template | None = None
+    lead = ""
+
+    def __init__(
+        self, token_bytes: Sequence[bytes], special: Mapping[int, str], *, eos_id: int, stop_ids: Iterable[int]
+    ) -> None:
+        self.eos_id, self.stop_ids, self.special = eos_id, frozenset(stop_ids), special
+        self.token_bytes = tuple(token_bytes)
         self.vocab_size = len(self.token_bytes)
         self.byte_lengths = np.array([len(text) for text in self.token_bytes], dtype=np.int64)  # (vocab_size,)
 
@@ -42,14 +57,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> str:
-        """What `from_json` turns into an equal tokenizer."""
+        """All that it is: of one of ours, what `from_json` turns into an equal tokenizer."""
 
     @property
     def is_chat(self) -> bool:
-        return bool(self.chat_ids)
+        return bool(self.chat_ids) or self.template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, all below `eos_id`. Raises ValueError on a lone surrogate, which no UTF-8 can hold."""
+        """Ids of `text`, none of them special. Raises ValueError on a lone surrogate, which no UTF-8 can hold."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -57,19 +72,35 @@ class Tokenizer(ABC):
             raise
         return self.encode_batch([data])[0].tolist()
 
+    def prompt(self, text: str) -> list[int]:
+        """Ids to continue, at least one: of no text, the end of the document before."""
+        return self.encode(text) or [self.eos_id]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`; those from `eos_id` on have none. Raises ValueError on an id outside the vocabulary."""
+        """The bytes of `ids`; special ones have none. Raises ValueError on an id outside the vocabulary."""
         known = [operator.index(i) for i in ids]
         bad = next((i for i in known if not 0 <= i < self.vocab_size), None)
         require(bad is None, "token id", bad, f"in [0, {self.vocab_size - 1}]")
         return b"".join([self.token_bytes[i] for i in known])
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors)
+        """The whole text that `ids` stand for."""
+        return self.decode_bytes(ids).decode("utf-8", errors).removeprefix(self.lead)
+
+
+class OwnTokenizer(Tokenizer, ABC):
+    """Ids 0 … `eos_id` − 1 stand for bytes of UTF-8. Those from `eos_id` on have no text: it ends a document, and those
+    of CHAT_TOKENS follow in the chat form, `chat_ids` by name. So a text's ids are the same in either form."""
+
+    def __init__(self, token_bytes: Sequence[bytes], *, chat: bool = False) -> None:
+        special = dict(enumerate((END, *(CHAT_TOKENS if chat else ())), len(token_bytes)))
+        no_text = [b""] * len(special)
+        super().__init__([*token_bytes, *no_text], special, eos_id=len(token_bytes), stop_ids=special)
+        self.chat_ids = {name: i for i, name in special.items() if i != self.eos_id}
 
 
 @final
-class ByteTokenizer(Tokenizer):
+class ByteTokenizer(OwnTokenizer):
     """One id per byte: 256 and the end of a document."""
 
     def __init__(self, *, chat: bool = False) -> None:
@@ -83,7 +114,7 @@ class ByteTokenizer(Tokenizer):
 
 
 @final
-class BpeTokenizer(Tokenizer):
+class BpeTokenizer(OwnTokenizer):
     """Byte-level byte-pair encoding (Sennrich et al., 1508.07909; bytes as in GPT-2), run by `tokenizers`."""
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], *, chat: bool = False) -> None:
@@ -104,15 +135,21 @@ class BpeTokenizer(Tokenizer):
 
 @final
 class StreamDecoder:
-    """Decodes ids as they come, holding a character back until its last byte is there."""
+    """Decodes ids as they come, holding a character back until its last byte is there.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    begins: whether they are a text's first ones, or continue one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, begins: bool = True) -> None:
+        self._tokenizer, self._lead = tokenizer, tokenizer.lead if begins else ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete. All pushes and `finish` joined equal `decode` of all ids."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+        """The text that `ids` complete. All pushes and `finish` of a text's first ids joined equal `decode` of all."""
+        text = self._decoder.decode(self._tokenizer.decode_bytes(ids))
+        if text and self._lead:
+            text, self._lead = text.removeprefix(self._lead), ""
+        return text
 
     def finish(self) -> str:
         """What is left: a replacement character if the last character never completed."""
