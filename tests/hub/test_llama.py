@@ -9,8 +9,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
-from transformers import MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
@@ -212,7 +218,7 @@ def test_gguf_files_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text\.gguf: not read as a GGUF model"):
         read_published(tmp_path / "text.gguf")
     gguf_file(tmp_path / "scaled.gguf", scaled=True)
-    with pytest.raises(ValueError, match="rope_freqs.weight"):
+    with pytest.raises(ValueError, match="rope_freqs"):
         read_published(tmp_path / "scaled.gguf")
     gguf_file(tmp_path / "short.gguf")
     whole = (tmp_path / "short.gguf").read_bytes()

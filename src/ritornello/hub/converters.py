@@ -4,6 +4,7 @@ A module has `config_from(config.json) -> ModelConfig`, `from_theirs(tensors, co
 Nothing in a folder is trusted: no code, no pickle, no file beside it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from ritornello.train.stored import Stored
 from ritornello.train.tokenizer import MAX_BYTES
 
 CONVERTERS: dict[str, ModuleType] = {"huginn_raven": huginn, "llama": llama, "mistral": llama, "ouro": ouro}
+Change = Callable[[RecurrentDepthTransformer], RecurrentDepthTransformer]
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,7 +37,7 @@ UNREAD = (
     huginn.ROPE_TABLE,
     "lm_head.weight",
     "rotary_emb.inv_freq",
-)  # ends of names: follow from the rest, where a model does not have them itself
+)  # ends of names: they follow
 
 
 class Folder:
@@ -69,17 +71,27 @@ def read_published(path: str | Path, *, kind: str | None = None) -> RecurrentDep
     return _read(_opened(path), kind)
 
 
-def convert(path: str | Path, target: str | Path, *, kind: str | None = None, max_shard: str = "5GB") -> Path:
+def convert(
+    path: str | Path,
+    target: str | Path,
+    *,
+    kind: str | None = None,
+    change: Change | None = None,
+    max_shard: str = "5GB",
+) -> Path:
     """Write a published model as a folder that transformers reads, as `export` does a run, whole or not at all.
 
     Its tokenizer's files come along as they are: text is transformers' business, for theirs is none of this package's.
-    kind: as for `read_published`. max_shard: the largest file, "200MB" for example.
+    kind: as for `read_published`. change: what to make of the model first, `upcycle` for example. max_shard: the
+    largest file, "200MB" for example.
 
     Raises:
-        ValueError: what `read_published` refuses, or something at `target`.
+        ValueError: what `read_published` or `change` refuses, or something at `target`.
     """
     target, published = free(target), _opened(path)
-    model = RitornelloForCausalLM.of(_read(published, kind), **_ids(published))
+    found = _read(published, kind)
+    found = found if change is None else change(found)
+    model = RitornelloForCausalLM.of(found, **_ids(published))
     with created(target) as folder:
         write_model(model, folder, dtype=None, max_shard=max_shard)
         published.save_tokenizer(folder)
