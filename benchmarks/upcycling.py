@@ -2,8 +2,9 @@
 
 python -m benchmarks.upcycling MODEL.gguf --english A.txt --unseen B.txt [--tokens 32768] [--minutes 40] [--table]
 
-Bits per byte of text that no healing reads: `--unseen`, and every tenth file of Python's standard library. Healing reads
-`--english` and the other files. Each cell is a line of results/upcycling.jsonl; one that is there is not measured again.
+Bits per byte of text that no healing reads: `--unseen`, and every tenth file of Python's standard library. Healing
+reads `--english` and the other files. Each cell is a line of results/upcycling.jsonl; one that is there is not measured
+again.
 """
 
 import argparse
@@ -34,7 +35,9 @@ from ritornello.train.optim import build_optimizers, set_learning_rate
 from ritornello.train.schedule import learning_rate_scale
 
 RESULTS = Path(__file__).parent / "results" / "upcycling.jsonl"
+KEPT = Path("runs/upcycling")
 LENGTH, N_TEST, N_MOMENTS, ROWS = 512, 6, 16, 2  # tokens a window; windows of each kind; of both; in a healing step
+N_LAYERS = 30  # of SmolLM2-135M
 CHUNK = 512  # tokens whose logits exist at once
 
 
@@ -119,9 +122,10 @@ class Bench:
 
     @cached_property
     def taught(self) -> Tensor:
-        """(n, LENGTH, D): what the plain model's head reads, of what healing reads. Kept beside the results."""
-        file = RESULTS.with_name(f"upcycling-{len(self.train)}.safetensors")
+        """(n, LENGTH, D): what the plain model's head reads, of what healing reads. Kept on disk."""
+        file = KEPT / f"{len(self.train)}.safetensors"
         if not file.exists():
+            KEPT.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
                 rows = [self.plain(row[None], return_logits=False).hidden[0].to(torch.bfloat16) for row in self.train]
             save_file({"hidden": torch.stack(rows)}, file)
@@ -202,8 +206,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cell = Cell(**{name: row[name] for name in asdict(Cell())})
-        layers = f"{cell.n_prelude} + {cell.n_recurrent} × {cell.n_loops} + {30 - cell.n_prelude - cell.n_recurrent * cell.n_loops}"
-        layers = "30, as it is" if not cell.n_loops else "19, the others dropped" if cell.run_loops == 1 else layers
+        after = N_LAYERS - cell.n_prelude - cell.n_recurrent * cell.n_loops
+        layers = f"{cell.n_prelude} + {cell.n_recurrent} × {cell.n_loops} + {after}"
+        if cell.run_loops == 1:
+            layers = f"{N_LAYERS - cell.n_recurrent * (cell.n_loops - 1)}, the others dropped"
+        layers = layers if cell.n_loops else f"{N_LAYERS}, as it is"
         how = f"{cell.init}{', moments' if cell.informed else ''}"
         healed = f"{cell.tokens:,} tokens, {cell.loss}, seed {cell.seed}" if cell.tokens else ""
         bits = " | ".join(

@@ -140,7 +140,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 LONG = {
-    "vocab_size": 257,
+    "vocab_size": 258,
     "hidden_size": 32,
     "num_attention_heads": 4,
     "intermediate_size": 64,
@@ -164,10 +164,10 @@ def gguf_file(path: Path, *, scaled: bool = False) -> dict[str, Tensor]:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500.0)
     writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(257)
+    writer.add_vocab_size(258)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|end|>", *bytes_to_unicode().values()])
-    writer.add_token_types([TokenType.CONTROL, *[TokenType.NORMAL] * 256])
+    writer.add_token_list(["<|end|>", *bytes_to_unicode().values(), "ab"])
+    writer.add_token_types([TokenType.CONTROL, *[TokenType.NORMAL] * 257])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)

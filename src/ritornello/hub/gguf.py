@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from ritornello.config import require
 from ritornello.train import tensors
@@ -61,15 +60,10 @@ class Gguf:
         self._by(AutoTokenizer).save_pretrained(folder)
 
     def _by(self, auto: Any, **options: Any) -> Any:
-        shows = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
         try:
             return auto.from_pretrained(str(self._place.parent), gguf_file=self._place.name, **options)
         except DAMAGED as error:
             raise self._unread(error) from None
-        finally:
-            if shows:
-                logging.enable_progress_bar()
 
     def _unread(self, error: Exception) -> ValueError:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
