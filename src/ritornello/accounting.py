@@ -69,7 +69,8 @@ def _layer(c: ModelConfig, span: float, decode: bool, *, looped: bool) -> dict[s
     n_matrices = 3 if c.activation == "swiglu" else 2
     parts["shared_experts" if "router" in parts else "recurrent_ffn"] = _matrix(n_matrices * c.dim, width)
     if looped:
-        sizes = {"q": sum(q), "o": sum(o), "ffn": n_matrices * (c.dim + width) if width else 0}
+        entry, ffn = c.dim + c.n_kv_heads * c.head_dim, n_matrices * (c.dim + width) if width else 0
+        sizes = {"q": sum(q), "k": entry, "v": entry, "o": sum(o), "ffn": ffn}
         delta = c.lora_rank * sum(sizes[target] for target in set(c.lora_targets))
         parts["lora"] = Cost(delta * c.n_loops, delta * (c.n_loops - 1), delta)
     return parts

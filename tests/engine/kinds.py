@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and th
     "mla": ({"halting": "none", "attention": "mla"}, None),
     "act": ({"halting": "act", "read_out": "mixture"}, None),
     "act exits": ({"halting": "act", "read_out": "mixture"}, "cumulative"),
-    "kl": ({"halting": "kl"}, "kl"),
+    "kl": ({"halting": "kl", "lora_targets": ("q", "k", "v", "o", "ffn")}, "kl"),
     "delta, mla": ({"halting": "kl", "attention": "mla"}, "delta"),
     "gate": ({"halting": "gate"}, "hazard"),
     "streams": ({"halting": "kl", "carry_streams": 3}, "entropy"),

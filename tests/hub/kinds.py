@@ -35,7 +35,13 @@ MLA = {
 KINDS: dict[str, dict[str, Any]] = {
     "moe": {},
     "mla": MLA,
-    "dense": {"ffn": "dense", "tie_embeddings": False, "qk_bias": True, "embedding_scale": 3.0},
+    "dense": {
+        "ffn": "dense",
+        "tie_embeddings": False,
+        "qk_bias": True,
+        "embedding_scale": 3.0,
+        "lora_targets": tuple("kv"),
+    },
     "shared keys": {"ffn": "dense", "kv_sharing": "first"},
     "gate": {"ffn": "dense", "halting": "gate", "norm": "pre_post"},
     "act": {"ffn": "dense", "halting": "act", "read_out": "mixture", "initial_state": "e"},

@@ -35,7 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "router_bias_per_loop": (False, True),
     "normalize_expert_weights": (True, False),
     "n_active_groups": (2, 1),
-    "lora_targets": (get_args(settings.LoraTarget), ()),
+    "lora_targets": (get_args(settings.LoraTarget), ("q", "o", "ffn"), ()),
     "loop_embedding": (True, False),
     "q_lora_rank": (0, 6),
     "n_shared_experts": (1, 0),
@@ -148,6 +148,8 @@ def repaired(row: Row, pair: tuple[Choice, Choice]) -> Row:
     row |= dict([(name, value) for name, value in undone.items() if name not in fixed][:1])
     undone = {"ffn": "dense", "activation": "swiglu"} if row["ffn"] == "moe" and row["activation"] == "relu2" else {}
     row |= dict([(name, value) for name, value in undone.items() if name not in fixed][:1])
+    if row["attention"] == "mla" and "lora_targets" not in fixed:
+        row["lora_targets"] = tuple(target for target in row["lora_targets"] if target not in ("k", "v"))
     return row
 
 

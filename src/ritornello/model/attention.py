@@ -32,13 +32,13 @@ class Attention(nn.Module, ABC):
     ) -> Tensor:
         """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
         x = lowered(x)
-        found = kv.put(self.layer, loop, self.entry(x, context), running, context.some)
+        found = kv.put(self.layer, loop, self.entry(x, table, context), running, context.some)
         queries = self.queries(x, table, context)
         y = found.each(queries, self.attend) if isinstance(found, Ragged) else self.attend(queries, found, context.mask)
         return self.o_proj(y, table)
 
     @abstractmethod
-    def entry(self, x: Tensor, context: Context) -> Tensor:
+    def entry(self, x: Tensor, table: Loop, context: Context) -> Tensor:
         """What a token leaves for others to attend to: (B, T, kv_width)."""
 
     @abstractmethod
@@ -62,18 +62,18 @@ class GroupedQueryAttention(Attention):
 
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__(config, layer=layer, looped=looped)
-        dim, head_dim = config.dim, config.head_dim
-        lora, bias = lora_options(config, "q", looped=looped), config.qk_bias
-        self.q_proj = Linear(dim, config.n_heads * head_dim, bias=bias, **lora)
-        self.k_proj = Linear(dim, config.n_kv_heads * head_dim, bias=bias)
-        self.v_proj = Linear(dim, config.n_kv_heads * head_dim)
-        self.o_proj = Linear(config.n_heads * head_dim, dim, **lora_options(config, "o", looped=looped))
+        dim, head_dim, bias = config.dim, config.head_dim, config.qk_bias
+        q, k, v, o = (lora_options(config, name, looped=looped) for name in "qkvo")
+        self.q_proj = Linear(dim, config.n_heads * head_dim, bias=bias, **q)
+        self.k_proj = Linear(dim, config.n_kv_heads * head_dim, bias=bias, **k)
+        self.v_proj = Linear(dim, config.n_kv_heads * head_dim, **v)
+        self.o_proj = Linear(config.n_heads * head_dim, dim, **o)
         enriches = layer in config.value_embeddings
         self.value_table = table_of(config.vocab_size, config.n_kv_heads * head_dim) if enriches else None
         self.value_gate = Linear(config.value_gate_width, config.n_kv_heads) if enriches else None
 
-    def entry(self, x: Tensor, context: Context) -> Tensor:
-        keys, values = self._turned(self.k_proj(x), context), self.v_proj(x)
+    def entry(self, x: Tensor, table: Loop, context: Context) -> Tensor:
+        keys, values = self._turned(self.k_proj(x, table), context), self.v_proj(x, table)
         if self.value_table is not None and self.value_gate is not None:
             gates = self.value_gate(x[..., : self.config.value_gate_width])
             values = enriched(values, self.value_table(context.tokens), gates)
@@ -115,7 +115,7 @@ class LatentAttention(Attention):
         self.widths = Widths(config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim, config.qk_rope_head_dim)
         self.scale = (self.widths.nope + self.widths.rope) ** -0.5
 
-    def entry(self, x: Tensor, context: Context) -> Tensor:
+    def entry(self, x: Tensor, table: Loop, context: Context) -> Tensor:
         latent, rotary = self.kv_a_proj_with_mqa(x).split([self.widths.rank, self.widths.rope], -1)
         if context.rope is not None:
             rotary = rotate(rotary[:, :, None], context.rope)[:, :, 0]

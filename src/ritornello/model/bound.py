@@ -93,7 +93,7 @@ def attention_bound(attention: Attention, x: float) -> float:
     """Each head returns a convex combination of values, ‖v‖ ≤ ‖W_v‖‖x‖; heads stack, then o_proj."""
     c = attention.config
     if isinstance(attention, GroupedQueryAttention):
-        values = spectral_norm(attention.v_proj.weight.unflatten(0, (c.n_kv_heads, -1))) * x
+        values = spectral_norm(_merged(attention.v_proj).unflatten(1, (c.n_kv_heads, -1))).amax(0) * x
         if attention.value_table is not None:  # a gate is at most 2
             rows = attention.value_table.weight.float().unflatten(1, (c.n_kv_heads, -1))
             values = values + 2 * rows.norm(dim=-1).amax(0)
