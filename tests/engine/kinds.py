@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and th
     "bias by loop": ({"halting": "none", "router_bias_per_loop": True, "positions": "none"}, None),
     "as Huginn": ({"halting": "none", "initial_state": "noise", "norm": "sandwich", **HUGINN}, "delta"),
     "as Ouro": ({"halting": "state_gate", "initial_state": "e", "norm": "pre_post", **OURO}, "cumulative"),
+    "damped": ({"halting": "none", "loop_scale": (1.0, 0.3), **OURO, "initial_state": "e"}, "delta"),
     "plain": ({"halting": "none", "layers": (2, 0, 1)}, None),
     "bare": ({"halting": "none", "layers": (0, 1, 0)}, None),
 }

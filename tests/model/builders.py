@@ -45,6 +45,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "qk_bias": (False, True),
     "normalize_input": (True, False),
     "state_norm": get_args(settings.StateNorm),
+    "loop_scale": ((1.0, 1.0), (1.0, 0.3)),
     "layers": ((1, 1, 1), (0, 2, 1), (1, 2, 0)),
     "policy": get_args(settings.CachePolicy),  # of the cache, not of the model
 }

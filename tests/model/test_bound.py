@@ -25,6 +25,9 @@ KINDS: dict[str, dict] = {
     "input as it is": {"normalize_input": False, "initial_state": "e", "embedding_scale": 3.0, "n_token_tables": 2},
     "input of a sandwich": {"normalize_input": False, "initial_state": "e", "norm": "sandwich", "ffn": "dense"},
     "norm of each loop": {"state_norm": "loop", "injection": "none", "initial_state": "e"},
+    "damped": {"loop_scale": (1.0, 0.3)},
+    "damped sandwich": {"loop_scale": (0.7, 0.3), "norm": "sandwich", "ffn": "dense"},
+    "damped streams, sandwich": {"loop_scale": (1.0, 0.3), "norm": "sandwich", "carry_streams": 3},
     "softmax, free weights": {"router_score": "softmax", "normalize_expert_weights": False, "router_scale": 2.5},
     "one loop's tables": {"n_loops": 1},
 }

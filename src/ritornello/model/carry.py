@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ritornello.model.context import Context
+from ritornello.model.context import Context, Loop
 from ritornello.model.injection import at_least_float32
 from ritornello.ops.noise import Key, fold, normal
 
@@ -21,6 +21,13 @@ def initial_state(kind: str, e: Tensor, context: Context) -> Tensor:
     keys = (context.key or Key()).fold(context.positions, 0)[..., None]
     noise = normal(fold(keys, torch.arange(e.shape[-1], device=e.device))).clamp(-3, 3)
     return math.sqrt(2 / 5) * noise.to(e.dtype)
+
+
+def damped(x: Tensor, y: Tensor, loop: Loop, first: float, later: float) -> Tensor:
+    """x + s · (y − x), with s = `first` in loop 0 and `later` from loop 1 on (2605.23872: sub-steps of a block)."""
+    if isinstance(loop, int):
+        return x.lerp(y, first if loop == 0 else later)
+    return torch.where((loop == 0)[..., None], x.lerp(y, first), x.lerp(y, later))
 
 
 class SingleStream(nn.Module):
