@@ -39,9 +39,11 @@ class Loopify(Command):
         searched, tested = self.items()
 
         from ritornello.device import pick_device
+        from ritornello.hub.export import free
         from ritornello.hub.loopify import opened, write
         from ritornello.lab.loopify import Search, Store, compare, exams, identity
 
+        target = free(self.out / "model")
         wrapped, tokenizer = opened(self.path)
         model = wrapped.native.to(pick_device(self.device))
         search_exam, test_exam = exams(model, tokenizer, searched, tested)
@@ -55,7 +57,6 @@ class Loopify(Command):
         self.record(found, compared, by, len(searched))
         gained = found.winner(by) is not None and compared[0].improves(by)
         if compared and (gained or self.anyway):
-            target = self.out / "model"
             print(write(wrapped, compared[0].window, tokenizer, target, max_shard=self.max_shard))
         else:
             print("nothing written: no gain that holds on items of the test")

@@ -76,7 +76,7 @@ class Found:
     def winner(self, by: By) -> Window | None:
         """The best, if it is better than the original on the items of the search."""
         best = min(self.cells, key=lambda cell: cell.loss(by), default=self.original)
-        return best.window if best.loss(by) < self.original.loss(by) else None
+        return best.window if best.loss(by)[0] < self.original.loss(by)[0] else None
 
 
 def identity(model: RecurrentDepthTransformer, items: Sequence[Item]) -> dict[str, Any]:
@@ -128,7 +128,10 @@ def _line(body: dict[str, Any]) -> bytes:
 
 def _cell(body: Any, place: str) -> Cell:
     require(isinstance(body, dict), place, body, "an object")
-    return recipes.validated(Cell, body)
+    try:
+        return recipes.validated(Cell, body)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def spans(n_layers: int) -> list[tuple[int, int]]:
