@@ -68,7 +68,8 @@ def _layer(c: ModelConfig, span: float, decode: bool, *, looped: bool) -> dict[s
         parts["router"] = _matrix(c.dim, c.n_experts)
     parts["shared_experts" if "router" in parts else "recurrent_ffn"] = _matrix(3 * c.dim, width)
     if looped:
-        sizes = {"q": sum(q), "o": sum(o), "ffn": 3 * (c.dim + width) if width else 0}
+        entry = c.dim + c.n_kv_heads * c.head_dim
+        sizes = {"q": sum(q), "k": entry, "v": entry, "o": sum(o), "ffn": 3 * (c.dim + width) if width else 0}
         delta = c.lora_rank * sum(sizes[target] for target in set(c.lora_targets))
         parts["lora"] = Cost(delta * c.n_loops, delta * (c.n_loops - 1), delta)
     return parts

@@ -22,7 +22,7 @@ StateNorm = Literal["none", "read", "loop"]
 Gather = Literal["step", "loop"]
 Precision = Literal["fp32", "bf16"]
 CheckpointForm = Literal["auto", "plain", "sharded"]
-LoraTarget = Literal["q", "o", "ffn"]
+LoraTarget = Literal["q", "k", "v", "o", "ffn"]
 KvSharing = Literal["per_loop", "first"]
 CachePolicy = Literal["per_loop", "last", "first"]
 ExitName = Literal["hazard", "cumulative", "kl", "delta", "entropy"]
@@ -206,6 +206,9 @@ class ModelConfig:
             rope_dim, name = self.head_dim, "head_dim"
         else:
             require(not self.qk_bias, "qk_bias", self.qk_bias, "False with attention 'mla'")
+            own = not {"k", "v"} & set(self.lora_targets)
+            remedy = "a latent that every loop reads by one kv_b_proj has no delta of a loop"
+            require(own, "lora_targets", self.lora_targets, "of q, o and ffn with attention 'mla'", remedy)
             for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
                 require_int(name, getattr(self, name), 1, MAX_SIZE)
             rope_dim, name = self.qk_rope_head_dim, "qk_rope_head_dim"

@@ -35,7 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "router_bias_per_loop": (False, True),
     "normalize_expert_weights": (True, False),
     "n_active_groups": (2, 1),
-    "lora_targets": (get_args(settings.LoraTarget), ()),
+    "lora_targets": (get_args(settings.LoraTarget), ("q", "o", "ffn"), ()),
     "loop_embedding": (True, False),
     "q_lora_rank": (0, 6),
     "n_shared_experts": (1, 0),
@@ -137,6 +137,8 @@ def repaired(row: Row, pair: tuple[Choice, Choice]) -> Row:
         row["state_norm"] = "none"
     if row["attention"] == "mla" and "qk_bias" not in fixed:
         row["qk_bias"] = False
+    if row["attention"] == "mla" and "lora_targets" not in fixed:
+        row["lora_targets"] = tuple(target for target in row["lora_targets"] if target not in ("k", "v"))
     return row
 
 

@@ -240,7 +240,8 @@ CONFIGS: list[tuple[dict, str]] = [
     ({"read_out": "mixture"}, "read_out = 'mixture': must be 'last' with halting 'none'"),
     ({"carry_streams": 2, "anchored": True}, "carry_streams = 2: must be 1 with an anchored state"),
     ({"layers": (1, 0, 0), "halting": "act"}, "halting = 'act': must be 'none' without recurrent layers"),
-    ({"lora_targets": ("q", "k")}, "lora_targets = 'k': must be one of q, o, ffn"),
+    ({"lora_targets": ("q", "g")}, "lora_targets = 'g': must be one of q, k, v, o, ffn"),
+    ({"attention": "mla", "lora_targets": ("q", "k")}, "lora_targets = ('q', 'k'): must be of q, o and ffn with"),
 ]
 
 

@@ -12,10 +12,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 from ritornello.config import shown
 
 
-def option(help: str, *, metavar: str | None = None, alias: str | None = None) -> object:
+def option(help: str, *, metavar: str | None = None, alias: str | None = None, name: str | None = None) -> object:
     """How an option reads in the help: its default is shown only where it tells something."""
     hint = lambda default: "" if default in ("None", "False") else f"(default: {default})"  # noqa: E731
-    return arg(help=help, metavar=metavar, aliases=[alias] if alias else None, help_behavior_hint=hint)
+    return arg(name=name, help=help, metavar=metavar, aliases=[alias] if alias else None, help_behavior_hint=hint)
 
 
 def _number(kind: Callable[[str], float], name: str) -> PrimitiveConstructorSpec[Any]:

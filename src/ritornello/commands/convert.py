@@ -1,23 +1,63 @@
 """ritornello convert"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ritornello.commands import Command, option
+from ritornello.commands import INTEGER, TEXT, Command, option
+
+if TYPE_CHECKING:
+    from ritornello.model.rdt import RecurrentDepthTransformer
+
+KIND = "What to read it as: llama, mistral, huginn_raven, ouro. Default: the model_type that it names."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Command):
-    """Write a published looped model (Huginn, Ouro) as a folder that transformers reads as ours."""
+    """Write a published model (Huginn, Ouro, Llama and its like) as a folder that transformers reads as ours."""
 
-    source: Annotated[Positional[Path], arg(metavar="PUBLISHED", help="Its folder: config.json and safetensors.")]
+    source: Annotated[Positional[Path], arg(metavar="PUBLISHED", help="Its folder, or a .gguf file.")]
     target: Annotated[Positional[Path], arg(metavar="FOLDER", help="Where to; it must not exist yet.")]
+    kind: Annotated[str | None, TEXT, option(KIND, metavar="KIND", name="from")] = None
+    loops: Annotated[int | None, INTEGER, option("Make loops of a plain model: so many layers become one.")] = None
+    prelude: Annotated[int | None, INTEGER, option("Layers before the loop. Default: an eighth.")] = None
+    coda: Annotated[int | None, INTEGER, option("Layers after it. Default: an eighth, or what comes out even.")] = None
+    rank: Annotated[int, INTEGER, option("Of what each loop has of its own; 0: nothing.")] = 64
+    init: Annotated[Literal["mean", "first", "last"], option("What stands for the layers of one.")] = "mean"
+    injection: Annotated[Literal["none", "lti"], option("How the input may come back in each loop.")] = "none"
     max_shard: Annotated[str, option("The largest file of weights.", metavar="SIZE")] = "5GB"
 
     def run(self) -> None:
+        from ritornello.config import require
         from ritornello.hub.converters import convert
 
-        print(convert(self.source, self.target, max_shard=self.max_shard))
+        for name in ("prelude", "coda"):
+            value = getattr(self, name)
+            require(value is None or self.loops is not None, f"--{name}", value, "given with --loops")
+        change = None if self.loops is None else self.looped
+        print(convert(self.source, self.target, kind=self.kind, change=change, max_shard=self.max_shard))
+
+    def looped(self, model: "RecurrentDepthTransformer") -> "RecurrentDepthTransformer":
+        """What is made of a plain model, and a line that says so."""
+        from ritornello.hub.upcycle import share_kept, split, upcycle
+
+        assert self.loops is not None
+        n_prelude, n_recurrent = split(model.config.n_layers, self.loops, n_prelude=self.prelude, n_coda=self.coda)
+        made = upcycle(
+            model,
+            n_prelude=n_prelude,
+            n_recurrent=n_recurrent,
+            n_loops=self.loops,
+            rank=self.rank,
+            init=self.init,
+            injection=self.injection,
+        )
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (model, made))
+        layers = f"{n_prelude} + {n_recurrent} x {self.loops} + {made.config.n_coda_layers}"
+        if not self.common.quiet:
+            kept = f"{share_kept(model, made):.1%} of the tied weights' squared size kept"
+            print(f"{layers} layers, rank {self.rank}: {before:,} parameters -> {after:,}, {kept}", file=sys.stderr)
+        return made

@@ -1,9 +1,10 @@
-"""Published looped models as ours: one module for each, by the `model_type` that its config.json names.
+"""Published models as ours: one module for each kind, by the `model_type` that its config.json names.
 
 A module has `config_from(config.json) -> ModelConfig`, `from_theirs(tensors, config)` and `to_theirs`, its inverse.
 Nothing in a folder is trusted: no code, no pickle, no file beside it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 
 from ritornello import recipes
 from ritornello.config import MAX_SIZE, ModelConfig, pick, require
-from ritornello.hub import huginn, ouro
+from ritornello.hub import huginn, llama, ouro
 from ritornello.hub.export import created, free, write_model
+from ritornello.hub.gguf import SUFFIX, Gguf
 from ritornello.hub.modeling import RitornelloForCausalLM
 from ritornello.hub.native import weight_files
 from ritornello.model.rdt import RecurrentDepthTransformer
@@ -21,7 +23,8 @@ from ritornello.train import tensors
 from ritornello.train.stored import Stored
 from ritornello.train.tokenizer import MAX_BYTES
 
-CONVERTERS: dict[str, ModuleType] = {"huginn_raven": huginn, "ouro": ouro}
+CONVERTERS: dict[str, ModuleType] = {"huginn_raven": huginn, "llama": llama, "mistral": llama, "ouro": ouro}
+Change = Callable[[RecurrentDepthTransformer], RecurrentDepthTransformer]
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,62 +33,101 @@ TOKENIZER = (
     "merges.txt",
     "chat_template.jinja",
 )
-UNREAD = (huginn.ROPE_TABLE, "lm_head.weight")  # follow from the rest, where a model does not have them itself
+UNREAD = (
+    huginn.ROPE_TABLE,
+    "lm_head.weight",
+    "rotary_emb.inv_freq",
+)  # ends of names: they follow
 
 
-def read_published(path: str | Path) -> RecurrentDepthTransformer:
-    """The model of a folder with config.json and safetensors as published, on the CPU, in the weights' own dtypes.
+class Folder:
+    """A model as it was published: config.json, safetensors, a tokenizer's files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.source = path, path / "config.json"
+        self.body = recipes.read_object(self.source)
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(weight_files(self.path))
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """As it is."""
+        for name in TOKENIZER:
+            if (self.path / name).is_file():
+                text = recipes.read_text(self.path / name, max_bytes=MAX_BYTES)
+                (folder / name).write_text(text, encoding="utf-8")
+
+
+def read_published(path: str | Path, *, kind: str | None = None) -> RecurrentDepthTransformer:
+    """The model of a folder with config.json and safetensors as published, on the CPU, in the weights' own dtypes; or
+    of a `.gguf` file, in float32.
+
+    kind: what to read it as; None: the model_type that it names.
 
     Raises:
         ValueError: another kind of model, or what is damaged, missing or not of this model, named.
     """
+    return _read(_opened(path), kind)
+
+
+def convert(
+    path: str | Path,
+    target: str | Path,
+    *,
+    kind: str | None = None,
+    change: Change | None = None,
+    max_shard: str = "5GB",
+) -> Path:
+    """Write a published model as a folder that transformers reads, as `export` does a run, whole or not at all.
+
+    Its tokenizer's files come along as they are: text is transformers' business, for theirs is none of this package's.
+    kind: as for `read_published`. change: what to make of the model first, `upcycle` for example. max_shard: the
+    largest file, "200MB" for example.
+
+    Raises:
+        ValueError: what `read_published` or `change` refuses, or something at `target`.
+    """
+    target, published = free(target), _opened(path)
+    found = _read(published, kind)
+    found = found if change is None else change(found)
+    model = RitornelloForCausalLM.of(found, **_ids(published))
+    with created(target) as folder:
+        write_model(model, folder, dtype=None, max_shard=max_shard)
+        published.save_tokenizer(folder)
+    return target
+
+
+def _opened(path: str | Path) -> Folder | Gguf:
     path = Path(path)
-    converter, config = _shape(path / "config.json")
+    return Gguf(path) if path.suffix == SUFFIX else Folder(path)
+
+
+def _read(published: Folder | Gguf, kind: str | None) -> RecurrentDepthTransformer:
+    converter, config = _shape(published, kind)
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config)
-    stored = Stored(weight_files(path))
+    stored = published.stored
     expected = converter.to_theirs(model.state_dict(), config)
-    found = {name: x for name, x in stored.described.items() if name in expected or name not in UNREAD}
+    found = {name: x for name, x in stored.described.items() if name in expected or not name.endswith(UNREAD)}
     tensors.check(found, tensors.in_types_of(found, expected), stored.source)
     model.load_state_dict(converter.from_theirs(stored.read(), config), assign=True)
     return model.eval()
 
 
-def convert(path: str | Path, target: str | Path, *, max_shard: str = "5GB") -> Path:
-    """Write a published model as a folder that transformers reads, as `export` does a run, whole or not at all.
-
-    Its tokenizer's files come along as they are: text is transformers' business, for theirs is none of this package's.
-    max_shard: the largest file, "200MB" for example.
-
-    Raises:
-        ValueError: what `read_published` refuses, or something at `target`.
-    """
-    path, target = Path(path), free(target)
-    model = RitornelloForCausalLM.of(read_published(path), **_ids(path / "config.json"))
-    with created(target) as folder:
-        write_model(model, folder, dtype=None, max_shard=max_shard)
-        for name in TOKENIZER:
-            if (path / name).is_file():
-                text = recipes.read_text(path / name, max_bytes=MAX_BYTES)
-                (folder / name).write_text(text, encoding="utf-8")
-    return target
-
-
-def _ids(source: Path) -> dict[str, Any]:
+def _ids(published: Folder | Gguf) -> dict[str, Any]:
     """The tokens that begin, end and fill up texts, where theirs names them."""
-    body = recipes.read_object(source)
-    found = {name: body.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    found = {name: published.body.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, ids in found.items():
         some = ids if isinstance(ids, list) and name.startswith("eos") else [ids] if ids is not None else []
         whole = all(type(i) is int and 0 <= i < MAX_SIZE for i in some)
-        require(whole, f"{source}: {name}", ids, "the id of a token")
+        require(whole, f"{published.source}: {name}", ids, "the id of a token")
     return found
 
 
-def _shape(source: Path) -> tuple[ModuleType, ModelConfig]:
-    body = recipes.read_object(source)
+def _shape(published: Folder | Gguf, kind: str | None) -> tuple[ModuleType, ModelConfig]:
     try:
-        converter = pick(CONVERTERS, str(body.get("model_type")), "model_type")
-        return converter, converter.config_from(body)
+        converter = pick(CONVERTERS, str(kind or published.body.get("model_type")), "model_type")
+        return converter, converter.config_from(published.body)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{published.source}: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ritornello.config import ModelConfig, require
-from ritornello.hub.published import LOOPED_ALIKE, count, expect, given
+from ritornello.hub.published import LOOPED_ALIKE, count, expect, given, rope_theta
 
 PARTS = {  # of a layer
     "input_layernorm": "input_layernorm",
@@ -43,7 +43,7 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
         n_loops=given(theirs, "total_ut_steps", default=4),
         max_seq_len=given(theirs, "max_position_embeddings"),
         tie_embeddings=given(theirs, "tie_word_embeddings", default=False),
-        rope_theta=_theta(theirs),
+        rope_theta=rope_theta(theirs),
         n_heads=n_heads,
         n_kv_heads=given(theirs, "num_key_value_heads", default=n_heads),
         head_dim=given(theirs, "head_dim", default=dim // n_heads),
@@ -57,15 +57,6 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
         halting="state_gate",
         **LOOPED_ALIKE,
     )
-
-
-def _theta(theirs: Mapping[str, Any]) -> float:
-    """Of plain rope, as transformers 4 or 5 writes it."""
-    rope = given(theirs, "rope_parameters", "rope_scaling", default={})
-    require(isinstance(rope, dict), "config.json rope_scaling", rope, "an object")
-    kind = given(rope, "rope_type", "type", default="default")
-    require(kind == "default", "config.json rope_scaling", kind, "'default', the one that is converted")
-    return given({**theirs, **rope}, "rope_theta")
 
 
 def from_theirs(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

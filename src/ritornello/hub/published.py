@@ -28,3 +28,12 @@ def count(theirs: Mapping[str, Any], *names: str) -> int:
     found = given(theirs, *names)
     require(type(found) is int and found > 0, f"config.json {names[0]}", found, "an integer > 0")
     return found
+
+
+def rope_theta(theirs: Mapping[str, Any], **default: float) -> float:
+    """Of plain rope, as transformers 4 or 5 writes it. default: where they name none."""
+    rope = given(theirs, "rope_parameters", "rope_scaling", default={})
+    require(isinstance(rope, dict), "config.json rope_scaling", rope, "an object")
+    kind = given(rope, "rope_type", "type", default="default")
+    require(kind == "default", "config.json rope_scaling", kind, "'default', the one that is converted")
+    return given({**theirs, **rope}, "rope_theta", **default)

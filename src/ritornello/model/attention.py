@@ -30,13 +30,13 @@ class Attention(nn.Module, ABC):
     ) -> Tensor:
         """`loop` addresses the cache, `table` = min(loop, n_loops - 1) the low-rank deltas."""
         x = lowered(x)
-        found = kv.put(self.layer, loop, self.entry(x, context), running, context.some)
+        found = kv.put(self.layer, loop, self.entry(x, table, context), running, context.some)
         queries = self.queries(x, table, context)
         y = found.each(queries, self.attend) if isinstance(found, Ragged) else self.attend(queries, found, context.mask)
         return self.o_proj(y, table)
 
     @abstractmethod
-    def entry(self, x: Tensor, context: Context) -> Tensor:
+    def entry(self, x: Tensor, table: Loop, context: Context) -> Tensor:
         """What a token leaves for others to attend to: (B, T, kv_width)."""
 
     @abstractmethod
@@ -59,18 +59,18 @@ class GroupedQueryAttention(Attention):
 
     def __init__(self, config: ModelConfig, *, layer: int, looped: bool) -> None:
         super().__init__(config, layer=layer, looped=looped)
-        dim, head_dim = config.dim, config.head_dim
-        lora, bias = lora_options(config, "q", looped=looped), config.qk_bias
-        self.q_proj = Linear(dim, config.n_heads * head_dim, bias=bias, **lora)
-        self.k_proj = Linear(dim, config.n_kv_heads * head_dim, bias=bias)
-        self.v_proj = Linear(dim, config.n_kv_heads * head_dim)
-        self.o_proj = Linear(config.n_heads * head_dim, dim, **lora_options(config, "o", looped=looped))
+        dim, head_dim, bias = config.dim, config.head_dim, config.qk_bias
+        q, k, v, o = (lora_options(config, name, looped=looped) for name in "qkvo")
+        self.q_proj = Linear(dim, config.n_heads * head_dim, bias=bias, **q)
+        self.k_proj = Linear(dim, config.n_kv_heads * head_dim, bias=bias, **k)
+        self.v_proj = Linear(dim, config.n_kv_heads * head_dim, **v)
+        self.o_proj = Linear(config.n_heads * head_dim, dim, **o)
 
-    def entry(self, x: Tensor, context: Context) -> Tensor:
-        keys = self.k_proj(x)
+    def entry(self, x: Tensor, table: Loop, context: Context) -> Tensor:
+        keys = self.k_proj(x, table)
         if context.rope is not None:
             keys = rotate(keys.unflatten(-1, (-1, self.config.head_dim)), context.rope).flatten(-2)
-        return torch.cat((keys, self.v_proj(x)), -1)
+        return torch.cat((keys, self.v_proj(x, table)), -1)
 
     def queries(self, x: Tensor, table: Loop, context: Context) -> tuple[Tensor, ...]:
         q = self.q_proj(x, table).unflatten(-1, (-1, self.config.head_dim))
@@ -106,7 +106,7 @@ class LatentAttention(Attention):
         self.o_proj = Linear(config.n_heads * config.v_head_dim, config.dim, **lora_options(config, "o", looped=looped))
         self.scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
 
-    def entry(self, x: Tensor, context: Context) -> Tensor:
+    def entry(self, x: Tensor, table: Loop, context: Context) -> Tensor:
         projected = self.kv_a_proj_with_mqa(x)
         latent, rotary = projected.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         if context.rope is not None:

@@ -91,8 +91,8 @@ def attention_bound(attention: Attention, x: float) -> float:
     """Each head returns a convex combination of values, ‖v‖ ≤ ‖W_v‖‖x‖; heads stack, then o_proj."""
     c = attention.config
     if isinstance(attention, GroupedQueryAttention):
-        values = attention.v_proj.weight.unflatten(0, (c.n_kv_heads, -1))
-        per_head = spectral_norm(values).repeat_interleave(c.n_heads // c.n_kv_heads)
+        values = _merged(attention.v_proj).unflatten(1, (c.n_kv_heads, -1))
+        per_head = spectral_norm(values).amax(0).repeat_interleave(c.n_heads // c.n_kv_heads)
     else:
         assert isinstance(attention, LatentAttention)
         values = attention.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))[:, c.qk_nope_head_dim :]

@@ -95,7 +95,7 @@ def _layer(c: ModelConfig, keeps: Keeps, *, looped: bool) -> float:
     inputs = normed * (1 if c.norm == "pre" else 2) + keeps.low * c.dim  # and what attention reads
     branch = _mixture(c, keeps) if moe else keeps.low * (c.dim + 4 * c.ffn_dim / keeps.tensor)
     targets = set(c.lora_targets) if looped and c.lora_rank else set()
-    deltas = c.lora_rank * sum({"q": 1, "o": 1, "ffn": 3}[target] for target in targets)
+    deltas = c.lora_rank * sum(3 if target == "ffn" else 1 for target in targets)
     return inputs + ATTENTION[c.attention](c, keeps) + branch + keeps.low * deltas
 
 

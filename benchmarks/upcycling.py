@@ -1,0 +1,253 @@
+"""What a pretrained model loses when its layers become loops, before and after a little distillation.
+
+python -m benchmarks.upcycling MODEL.gguf --english A.txt --unseen B.txt [--tokens 32768] [--minutes 40] [--table]
+
+Bits per byte of text that no healing reads: `--unseen`, and every tenth file of Python's standard library. Healing
+reads `--english` and the other files. Each cell is a line of results/upcycling.jsonl; one that is there is not measured
+again.
+"""
+
+import argparse
+import json
+import math
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ritornello.config import TrainConfig
+from ritornello.hub.converters import read_published
+from ritornello.hub.moments import Moments, second_moments
+from ritornello.hub.upcycle import share_kept, upcycle
+from ritornello.model.rdt import RecurrentDepthTransformer
+from ritornello.ops.loss import linear_cross_entropy
+from ritornello.train.optim import build_optimizers, set_learning_rate
+from ritornello.train.schedule import learning_rate_scale
+
+RESULTS = Path(__file__).parent / "results" / "upcycling.jsonl"
+KEPT = Path("runs/upcycling")
+LENGTH, N_TEST, N_MOMENTS, ROWS = 512, 6, 16, 2  # tokens a window; windows of each kind; of both; in a healing step
+N_LAYERS = 30  # of SmolLM2-135M
+CHUNK = 512  # tokens whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. n_prelude, n_recurrent, n_loops = 0: the plain model itself."""
+
+    n_prelude: int = 0
+    n_recurrent: int = 0
+    n_loops: int = 0
+    rank: int = 0
+    init: str = "mean"
+    informed: bool = False  # by second moments
+    run_loops: int = 0  # 0: n_loops; 1 with init "first": the other layers are dropped
+    tokens: int = 0  # of healing
+    loss: str = "kl"
+    seed: int = 0
+
+
+def cells(tokens: int) -> Iterator[Cell]:
+    """In the order in which they are measured."""
+    yield Cell()
+    yield Cell(4, 11, 2, rank=576)
+    for informed in (False, True):
+        for grouping in ((4, 11, 2), (6, 9, 2), (4, 7, 3)):
+            for rank in (0, 8, 64, 256):
+                yield Cell(*grouping, rank=rank, informed=informed)
+    yield Cell(4, 11, 2, rank=64, init="first")
+    yield Cell(4, 11, 2, init="first", run_loops=1)
+    for rank in (64, 0, 256):
+        yield Cell(4, 11, 2, rank=rank, informed=True, tokens=tokens)
+    yield Cell(4, 11, 2, rank=64, informed=True, tokens=tokens, seed=1)
+    yield Cell(4, 11, 2, rank=64, tokens=tokens)
+    yield Cell(4, 11, 2, rank=64, informed=True, tokens=tokens, loss="ce")
+    yield Cell(4, 7, 3, rank=64, informed=True, tokens=tokens)
+
+
+class Bench:
+    def __init__(self, path: Path, english: Path, unseen: Path, tokens: int) -> None:
+        self.path, self.tokens = path, tokens
+        self.plain = read_published(path)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        python = [file.read_text(encoding="utf-8") for file in files]
+        self.test = {
+            "english": self._windows(unseen.read_text(encoding="utf-8"), N_TEST),
+            "python": self._windows("\n".join(python[::10]), N_TEST),
+        }
+        n_train = tokens // LENGTH // 2
+        seen = "\n".join(text for i, text in enumerate(python) if i % 10)
+        mixed = (self._windows(english.read_text(encoding="utf-8"), n_train), self._windows(seen, n_train))
+        self.train = torch.stack(mixed, 1).flatten(0, 1)  # by turns
+
+    def _windows(self, text: str, n: int) -> Tensor:
+        """(n, LENGTH) spread evenly over the text."""
+        ids = torch.tensor(self.tokenizer(text, verbose=False).input_ids)
+        places = torch.linspace(0, len(ids) - LENGTH, n).long().tolist()
+        return torch.stack([ids[i : i + LENGTH] for i in places])
+
+    @cached_property
+    def moments(self) -> list[Moments]:
+        return second_moments(self.plain, self.train[:N_MOMENTS].split(4))
+
+    def made(self, cell: Cell) -> RecurrentDepthTransformer:
+        shape = {"n_prelude": cell.n_prelude, "n_recurrent": cell.n_recurrent, "n_loops": cell.n_loops}
+        moments = self.moments if cell.informed else None
+        init: Any = cell.init
+        return upcycle(self.plain, **shape, rank=cell.rank, init=init, moments=moments)
+
+    @torch.no_grad()
+    def bits(self, model: RecurrentDepthTransformer, n_loops: int | None) -> dict[str, float]:
+        """Per byte, of all tokens of a window but the first."""
+        found = {}
+        for kind, windows in self.test.items():
+            nats, n_bytes = 0.0, 0
+            for row in windows:
+                hidden = model(row[None, :-1], n_loops=n_loops, return_logits=False).hidden[0]
+                nats += float(linear_cross_entropy(hidden, model.head_weight, row[1:], reduction="sum"))
+                n_bytes += len(self.tokenizer.decode(row[1:]).encode())
+            found[kind] = nats / n_bytes / math.log(2)
+        return found
+
+    @cached_property
+    def taught(self) -> Tensor:
+        """(n, LENGTH, D): what the plain model's head reads, of what healing reads. Kept on disk."""
+        file = KEPT / f"{len(self.train)}.safetensors"
+        if not file.exists():
+            KEPT.mkdir(parents=True, exist_ok=True)
+            with torch.no_grad():
+                rows = [self.plain(row[None], return_logits=False).hidden[0].to(torch.bfloat16) for row in self.train]
+            save_file({"hidden": torch.stack(rows)}, file)
+        return load_file(file)["hidden"]
+
+    def heal(self, model: RecurrentDepthTransformer, cell: Cell, lr: float) -> list[float]:
+        """Train all but embeddings, head and prelude; the losses in nats per token, step by step."""
+        for part in (model.embed_tokens, model.prelude_layers, *([] if model.head is None else [model.head])):
+            part.requires_grad_(False)
+        n_steps = len(self.train) // ROWS
+        train = TrainConfig(steps=n_steps, warmup_steps=n_steps // 8, lr=lr, optimizer="adamw", schedule="cosine")
+        optimizers = build_optimizers(model, train)
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(cell.seed))
+        losses = []
+        for step, rows in enumerate(order[: n_steps * ROWS].split(ROWS)):
+            set_learning_rate(optimizers, learning_rate_scale(train, step))
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model(self.train[rows], return_logits=False).hidden
+            if cell.loss == "kl":
+                loss, gradient = distance(hidden.detach(), self.taught[rows], model.head_weight.detach())
+                hidden.backward(gradient)
+            else:
+                labels = F.pad(self.train[rows][:, 1:], (0, 1), value=-100)
+                loss = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight.detach(), labels.flatten())
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(float(loss))
+            print(f"  {step} {losses[-1]:.3f}", file=sys.stderr, flush=True)
+        return losses
+
+    def measure(self, cell: Cell, lr: float) -> dict[str, Any]:
+        began = time.perf_counter()
+        model = self.made(cell) if cell.n_loops else self.plain
+        row: dict[str, Any] = asdict(cell) | {"parameters": sum(p.numel() for p in model.parameters())}
+        if cell.run_loops:  # loops that do not run: of their deltas nothing is left
+            assert not cell.rank
+        row["kept"] = share_kept(self.plain, model) if cell.n_loops else 1.0
+        if cell.tokens:
+            healing = time.process_time()
+            losses = self.heal(model, cell, lr)
+            row |= {"lr": lr, "losses": [round(x, 4) for x in losses], "heal_s": time.process_time() - healing}
+        if not cell.n_loops:
+            row["apart"] = self.apart()
+        return row | {"bits": self.bits(model, cell.run_loops or None), "seconds": time.perf_counter() - began}
+
+    @torch.no_grad()
+    def apart(self) -> float:
+        """The largest difference of a logit from transformers' on real text, float32."""
+        theirs = AutoModelForCausalLM.from_pretrained(
+            str(self.path.parent), gguf_file=self.path.name, dtype=torch.float32
+        )
+        rows = [windows[:1] for windows in self.test.values()]
+        return max(float((theirs(row).logits - self.plain(row).logits).abs().max()) for row in rows)
+
+
+def distance(hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean KL(target's prediction ‖ hidden's) in nats, and its gradient by hidden (B, T, D): in one pass, and no
+    logits of more than CHUNK tokens."""
+    total, gradients, n = hidden.new_zeros((), dtype=torch.float32), [], hidden[..., 0].numel()
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(hidden.flatten(0, 1).split(CHUNK), target.flatten(0, 1).split(CHUNK), strict=True):
+            log_q, log_p = ((F.linear(z, weight)).float().log_softmax(-1) for z in (x, y))
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            gradients.append((log_q.exp() - p).div_(n) @ weight)
+    return total / n, torch.cat(gradients).view(hidden.shape).to(hidden.dtype)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    base = rows[0]
+    lines = [
+        "| layers | rank | made by | healed | parameters | weights kept | English | Python |",
+        "|---|" + "---|" * 7,
+    ]
+    for row in rows:
+        cell = Cell(**{name: row[name] for name in asdict(Cell())})
+        after = N_LAYERS - cell.n_prelude - cell.n_recurrent * cell.n_loops
+        layers = f"{cell.n_prelude} + {cell.n_recurrent} × {cell.n_loops} + {after}"
+        if cell.run_loops == 1:
+            layers = f"{N_LAYERS - cell.n_recurrent * (cell.n_loops - 1)}, the others dropped"
+        layers = layers if cell.n_loops else f"{N_LAYERS}, as it is"
+        how = f"{cell.init}{', moments' if cell.informed else ''}"
+        healed = f"{cell.tokens:,} tokens, {cell.loss}, seed {cell.seed}" if cell.tokens else ""
+        bits = " | ".join(
+            f"{row['bits'][kind]:.3f} (+{row['bits'][kind] - base['bits'][kind]:.3f})" for kind in base["bits"]
+        )
+        share = row["parameters"] / base["parameters"]
+        lines.append(f"| {layers} | {cell.rank} | {how} | {healed} | {share:.2f} | {row['kept']:.3f} | {bits} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--english", type=Path, required=True)
+    parser.add_argument("--unseen", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--minutes", type=float, default=600, help="begin no cell after these")
+    parser.add_argument("--only", choices=("made", "healed"))
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    if options.table:
+        print(table(rows))
+        return 0
+    done = [{name: row[name] for name in asdict(Cell())} for row in rows]
+    bench, began = Bench(options.model, options.english, options.unseen, options.tokens), time.monotonic()
+    for cell in cells(options.tokens):
+        other = options.only == ("made" if cell.tokens else "healed")
+        if other or asdict(cell) in done or time.monotonic() - began > 60 * options.minutes:
+            continue
+        row = bench.measure(cell, options.lr)
+        print({name: x for name, x in row.items() if name != "losses"}, flush=True)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
