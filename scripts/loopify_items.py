@@ -18,8 +18,8 @@ from typing import Any
 
 Row = dict[str, Any]
 LENGTH = 400  # characters of a text
-TEXTS = {"search": 16, "test": 100}  # of each kind
-QUESTIONS = {"search": 40, "test": 200}
+TEXTS = {"search": 6, "test": 100}  # of each kind
+QUESTIONS = {"search": 16, "test": 200}
 MODULES = """argparse ast calendar cmd configparser csv datetime difflib doctest enum fractions gzip heapq inspect
 json.decoder locale mailbox netrc optparse pdb pickletools platform plistlib pprint queue random sched
 shelve shutil smtplib statistics string tarfile textwrap threading timeit trace turtle typing
@@ -108,7 +108,8 @@ def series(draw: random.Random, half: int) -> Iterator[Row]:
         at, n = draw.randrange(len(names)), draw.randint(1, 3)
         if at % 2 == half and at >= n:
             others = [name for name in names if name not in names[at - n : at + 1]]
-            wrong = draw.sample(others if len(others) >= 3 else others + WORDS, 3)
+            more = [word for word in WORDS if word not in names]
+            wrong = draw.sample(others if len(others) >= 3 else others + more, 3)
             yield question("series", ", ".join(names[at - n : at]) + ",", names[at], wrong, draw)
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ritornello.engine.engine import Engine
 from ritornello.engine.request import Request
+from ritornello.engine.sampling import Sampling
 from ritornello.hub.export import created
 from ritornello.hub.loopify import Window, assembled, loopify, opened, write
 from ritornello.hub.modeling import RitornelloForCausalLM
@@ -77,7 +78,7 @@ def test_token_by_token_and_in_the_engine() -> None:
     cache = Cache(looped.config, batch_size=2, max_len=8, dtype=torch.float64)
     close(torch.cat([looped(part, cache=cache).logits for part in tokens.split(1, 1)], 1), whole)
     engine = Engine(looped)
-    number = engine.submit(Request(tokens[0].tolist(), max_tokens=1))
+    number = engine.submit(Request(prompt=tokens[0].tolist(), max_tokens=1, sampling=Sampling(temperature=0)))
     assert [event.token for event in engine.run() if event.number == number] == [int(whole[0, -1].argmax())]
 
 

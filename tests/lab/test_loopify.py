@@ -28,14 +28,14 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 from tests.hub.test_loopify import folder_of
 from tests.model.builders import build
 
-PLANTED = Window(2, 4, 2)
+PLANTED = Window(1, 3, 2)
 LETTERS = "abcdefgh"
 
 
 @cache
 def plain(dtype: torch.dtype = torch.float64) -> RecurrentDepthTransformer:
-    """Six layers that matter."""
-    model = build({"halting": "none", "layers": (6, 0, 0), "vocab_size": 264}, dtype=dtype)
+    """Four layers that matter."""
+    model = build({"halting": "none", "layers": (4, 0, 0), "vocab_size": 264}, dtype=dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -68,14 +68,16 @@ def scores(found: Found) -> list[tuple[Window | None, float, float | None]]:
 
 def test_the_planted_window_is_found_and_holds(tmp_path: Path) -> None:
     truth = loopify(plain(), PLANTED)
-    found = searched(answered(truth, 60), tmp_path / "cells.jsonl")
-    assert found.complete and found.winner("accuracy") == PLANTED
-    assert found.original.accuracy is not None and found.original.accuracy < 0.7
+    found = searched(answered(truth, 40), tmp_path / "cells.jsonl")
+    winner, planted = found.winner("accuracy"), next(cell for cell in found.cells if cell.window == PLANTED)
+    assert found.complete and planted.accuracy == 1 and winner is not None
+    assert (winner.first, winner.last) == (1, 3), "of those that are right throughout, the surest"
+    assert found.original.accuracy is not None and found.original.accuracy < 0.8
     right, naive = (compare(plain(), exam(answered(truth, 60, seed=1)), [w])[0] for w in (PLANTED, Window(0, 1, 2)))
-    assert right.after["accuracy"] == 1 and right.improves("accuracy") and right.improves("bits") is not None
+    assert right.after["accuracy"] == 1 and right.improves("accuracy")
     assert right.gains["accuracy"].n == 60 and right.by_task.keys() == {"said"}
     assert not naive.improves("accuracy"), "control: another window"
-    assert 1 < right.compute < 1.5
+    assert 1 < right.compute < 1.6
 
 
 def test_nothing_is_claimed_where_the_model_is_right_as_it_is(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_nothing_is_claimed_where_the_model_is_right_as_it_is(tmp_path: Path) ->
 
 def test_what_lies_below_is_run_once_and_changes_nothing() -> None:
     items = exam(answered(plain(), 8))
-    windows = [Window(*span, *step) for span in ((0, 2), (2, 5), (5, 6)) for step in ((2, (1.0, 0.3)), (3, (0.4, 0.2)))]
+    windows = [Window(*span, *step) for span in ((0, 2), (1, 3), (3, 4)) for step in ((2, (1.0, 0.3)), (3, (0.4, 0.2)))]
     found = dict(grade_all(plain(), items, windows))
     assert [*found] == sorted(windows, key=entered)
     for window, got in found.items():
@@ -142,8 +144,8 @@ def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gain [95%]" in capsys.readouterr().out and (tmp_path / "out" / "model" / "tokenizer.json").is_file()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     best, naive = report["test"][0], report["test"][-1]
-    assert best["window"] == {"first": 2, "last": 4, "n_loops": 2, "scale": [1.0, 1.0]} == naive["window"]
-    assert best["after"]["accuracy"] == 1 and best["gains"]["accuracy"]["n"] == 40 == report["search"]["n"]
+    assert [best["window"][name] for name in ("first", "last")] == [1, 3] and naive["window"]["scale"] == [1.0, 1.0]
+    assert best["gains"]["accuracy"]["low"] > 0 and best["gains"]["accuracy"]["n"] == 40 == report["search"]["n"]
     assert cli.main(how) == 2 and "a folder that does not exist yet" in capsys.readouterr().err
 
 

@@ -185,7 +185,7 @@ class Exam:
         for i, stored in enumerate(self.batches):
             batch = stored.to(model.head_weight.device)
             found = hidden(i, batch) if hidden else model(batch.tokens, return_logits=False).hidden
-            wanted = found[batch.rows, batch.places]
+            wanted = found[batch.rows, batch.places].to(model.head_weight.dtype)
             losses = linear_cross_entropy(wanted, model.head_weight, batch.targets, reduction="none")
             np.add.at(nats, batch.parts, losses.double().cpu().numpy())
         bits = nats / math.log(2)
