@@ -11,7 +11,7 @@ import json
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -60,7 +60,7 @@ def pairs(text: str) -> list[tuple[str, str]]:
     return [(a, b.replace("-", " ")) for a, b in (entry.split() for entry in text.split(","))]
 
 
-def question(task: str, context: str, right: str, wrong: list[str], draw: random.Random) -> Row:
+def question(task: str, context: str, right: str, wrong: Sequence[str], draw: random.Random) -> Row:
     choices = [f" {choice}" for choice in [right, *wrong]]
     draw.shuffle(choices)
     return {"task": task, "context": context, "choices": choices, "answer": f" {right}"}

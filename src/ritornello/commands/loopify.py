@@ -10,7 +10,7 @@ from ritornello.commands import INTEGER, REAL, Command, option
 from ritornello.config import require, require_float
 
 if TYPE_CHECKING:
-    from ritornello.lab.loopify import Cell, Compared, Found
+    from ritornello.lab.loopify import By, Cell, Compared, Found
     from ritornello.lab.questions import Item
 
 
@@ -80,7 +80,7 @@ class Loopify(Command):
         if not self.common.quiet:
             print(cell, flush=True)
 
-    def record(self, found: "Found", compared: list["Compared"], by: str, n: int) -> None:
+    def record(self, found: "Found", compared: list["Compared"], by: "By", n: int) -> None:
         """report.json"""
         import json
 
@@ -97,7 +97,7 @@ class Loopify(Command):
         files.write_atomic(self.out / "report.json", json.dumps(body, indent=2).encode() + b"\n")
 
 
-def show(found: "Found", compared: list["Compared"], by: str) -> None:
+def show(found: "Found", compared: list["Compared"], by: "By") -> None:
     """The best windows of the search, then the verdict."""
     from rich.console import Console
     from rich.table import Table

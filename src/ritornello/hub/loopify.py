@@ -29,6 +29,7 @@ LOOPED: dict[str, Any] = {  # what makes n_loops = 1 the plain transformer, bit 
     "kv_sharing": "per_loop",
     **LOOPED_ALIKE,
 }
+COUNTS = ("n_prelude_layers", "n_recurrent_layers", "n_coda_layers")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -67,9 +68,9 @@ def assembled(
     model: RecurrentDepthTransformer, prelude: range, recurrent: range, coda: range, **shape: Any
 ) -> RecurrentDepthTransformer:
     """A model of some layers of a plain one, by their numbers there; embeddings, last norm and head are its own."""
-    counts = (len(part) for part in (prelude, recurrent, coda))
-    layers = dict(zip(("n_prelude_layers", "n_recurrent_layers", "n_coda_layers"), counts, strict=True))
-    config = replace(model.config, **layers, **LOOPED, **shape)
+    sizes = len(prelude), len(recurrent), len(coda)
+    counts: dict[str, Any] = dict(zip(COUNTS, sizes, strict=True))
+    config = replace(model.config, **LOOPED, **counts, **shape)
     with torch.device("meta"):
         found = RecurrentDepthTransformer(config)
     theirs, ours, state = _stacks(model.config), _stacks(config), model.state_dict()
@@ -85,12 +86,8 @@ def assembled(
 
 def _stacks(config: ModelConfig) -> list[str]:
     """By number, what the names of a layer's tensors begin with."""
-    sizes = {
-        "prelude_layers": config.n_prelude_layers,
-        "recurrent": config.n_recurrent_layers,
-        "coda_layers": config.n_coda_layers,
-    }
-    return [f"{stack}.{i}" for stack, n in sizes.items() for i in range(n)]
+    sizes = zip(("prelude_layers", "recurrent", "coda_layers"), (getattr(config, name) for name in COUNTS), strict=True)
+    return [f"{stack}.{i}" for stack, n in sizes for i in range(n)]
 
 
 def opened(name_or_path: str | Path) -> tuple[RitornelloForCausalLM, PreTrainedTokenizerBase]:

@@ -29,11 +29,13 @@ from ritornello.train import files
 
 By = Literal["accuracy", "bits"]
 Step = tuple[int, tuple[float, float]]
-COARSE: tuple[Step, ...] = ((2, (1.0, 0.5)), (2, (0.5, 0.5)), (2, (1.0, 1.0)))
-FINE: tuple[Step, ...] = tuple(
-    (n, scale) for n in (2, 3, 4) for scale in ((1.0, 1.0), (1.0, 0.5), (1.0, 0.25), (1.0, 0.1), (1 / n, 1 / n))
+COARSE: Step = (2, (1.0, 0.5))
+OTHERS: tuple[Step, ...] = ((2, (1.0, 1.0)), (2, (0.5, 0.5)))
+FINE: tuple[Step, ...] = (
+    *((n, (1.0, scale)) for n in (2, 3) for scale in (0.1, 0.25, 0.5, 1.0)),
+    *((n, (1 / n, 1 / n)) for n in (2, 3, 4)),
 )
-KEPT = 3  # spans that are looked at more closely
+KEPT = 3  # spans that are looked at closely; of three times as many it is seen what other steps do
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1))
 
 
@@ -144,8 +146,8 @@ def spans(n_layers: int) -> list[tuple[int, int]]:
 
 def stages(n_layers: int, best: Callable[[], list[Window]]) -> Iterator[list[Window]]:
     """What to try: spans, then the best of them more closely. `best`: of all stages before, the best first."""
-    for step in COARSE:
-        yield [Window(*span, *step) for span in spans(n_layers)]
+    yield [Window(*span, *COARSE) for span in spans(n_layers)]
+    yield [Window(*span, *step) for span in _leading(best(), 3 * KEPT) for step in OTHERS]
     for _ in range(2):
         yield [Window(*span, *step) for span in _leading(best(), KEPT) for step in FINE]
         yield [moved for window in _distinct(best(), KEPT) for moved in _moves(window, n_layers)]

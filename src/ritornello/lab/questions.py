@@ -125,8 +125,8 @@ class Batch:
     parts: NDArray[np.int64]
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.tokens, self.rows, self.places, self.targets)
-        return Batch(*(x.to(device) for x in tensors), self.parts)
+        tokens, rows, places, targets = (x.to(device) for x in (self.tokens, self.rows, self.places, self.targets))
+        return Batch(tokens, rows, places, targets, self.parts)
 
 
 class Exam:
@@ -202,5 +202,5 @@ def _batch(rows: list[tuple[tuple[int, ...], list[tuple[int, int, int]]]]) -> Ba
     longest = len(rows[-1][0])
     tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows])
     found: list[Any] = [(row, *one) for row, (_, wanted) in enumerate(rows) for one in wanted]
-    columns = [torch.tensor(column) for column in zip(*found, strict=True)]
-    return Batch(tokens, *columns[:3], columns[3].numpy())
+    row, place, target, part = (np.array(column) for column in zip(*found, strict=True))
+    return Batch(tokens, torch.from_numpy(row), torch.from_numpy(place), torch.from_numpy(target), part)
