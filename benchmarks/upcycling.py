@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from ritornello.train.schedule import learning_rate_scale
 
 RESULTS = Path(__file__).parent / "results" / "upcycling.jsonl"
 KEPT = Path("runs/upcycling")
-LENGTH, N_TEST, N_MOMENTS, ROWS = 512, 6, 16, 2  # tokens a window; windows of each kind; of both; in a healing step
+LENGTH, N_TEST, N_MOMENTS, ROWS = 512, 3, 16, 2  # tokens a window; windows of each kind; of both; in a healing step
 N_LAYERS = 30  # of SmolLM2-135M
 CHUNK = 512  # tokens whose logits exist at once
 
@@ -61,10 +61,11 @@ def cells(tokens: int) -> Iterator[Cell]:
     """In the order in which they are measured."""
     yield Cell()
     yield Cell(4, 11, 2, rank=576)
-    for informed in (False, True):
-        for grouping in ((4, 11, 2), (6, 9, 2), (4, 7, 3)):
-            for rank in (0, 8, 64, 256):
-                yield Cell(*grouping, rank=rank, informed=informed)
+    for rank in (0, 8, 64, 256):
+        yield Cell(4, 11, 2, rank=rank)
+    for grouping in ((4, 11, 2), (6, 9, 2), (4, 7, 3)):
+        for rank in (0, 8, 64, 256):
+            yield Cell(*grouping, rank=rank, informed=True)
     yield Cell(4, 11, 2, rank=64, init="first")
     yield Cell(4, 11, 2, init="first", run_loops=1)
     for rank in (64, 0, 256):
@@ -78,6 +79,7 @@ def cells(tokens: int) -> Iterator[Cell]:
 class Bench:
     def __init__(self, path: Path, english: Path, unseen: Path, tokens: int) -> None:
         self.path, self.tokens = path, tokens
+        self._full: tuple[Cell, RecurrentDepthTransformer] | None = None
         self.plain = read_published(path)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -93,19 +95,23 @@ class Bench:
 
     def _windows(self, text: str, n: int) -> Tensor:
         """(n, LENGTH) spread evenly over the text."""
-        ids = torch.tensor(self.tokenizer(text, verbose=False).input_ids)
-        places = torch.linspace(0, len(ids) - LENGTH, n).long().tolist()
-        return torch.stack([ids[i : i + LENGTH] for i in places])
+        size = 16 * LENGTH  # characters, of which a window's tokens are the first
+        places = torch.linspace(0, len(text) - size, n).long().tolist()
+        return torch.tensor([self.tokenizer(text[i : i + size]).input_ids[:LENGTH] for i in places])
 
     @cached_property
     def moments(self) -> list[Moments]:
         return second_moments(self.plain, self.train[:N_MOMENTS].split(4))
 
     def made(self, cell: Cell) -> RecurrentDepthTransformer:
-        shape = {"n_prelude": cell.n_prelude, "n_recurrent": cell.n_recurrent, "n_loops": cell.n_loops}
-        moments = self.moments if cell.informed else None
-        init: Any = cell.init
-        return upcycle(self.plain, **shape, rank=cell.rank, init=init, moments=moments)
+        """Cut from that of full rank, whose deltas begin with those of every smaller one."""
+        like = replace(cell, rank=self.plain.config.dim, run_loops=0, tokens=0, loss="kl", seed=0)
+        if self._full is None or self._full[0] != like:
+            shape = {"n_prelude": cell.n_prelude, "n_recurrent": cell.n_recurrent, "n_loops": cell.n_loops}
+            init: Any = cell.init
+            moments = self.moments if cell.informed else None
+            self._full = like, upcycle(self.plain, **shape, rank=like.rank, init=init, moments=moments)
+        return cut(self._full[1], cell.rank)
 
     @torch.no_grad()
     def bits(self, model: RecurrentDepthTransformer, n_loops: int | None) -> dict[str, float]:
@@ -182,6 +188,19 @@ class Bench:
         )
         rows = [windows[:1] for windows in self.test.values()]
         return max(float((theirs(row).logits - self.plain(row).logits).abs().max()) for row in rows)
+
+
+def cut(model: RecurrentDepthTransformer, rank: int) -> RecurrentDepthTransformer:
+    """A copy whose deltas have the first `rank` directions."""
+    with torch.device("meta"):
+        made = RecurrentDepthTransformer(
+            replace(model.config, lora_rank=rank, lora_targets=model.config.lora_targets if rank else ())
+        )
+    state = {name: x for name, x in model.state_dict().items() if rank or "loop_" not in name}
+    state = {name: x[:, :rank] if name.endswith("loop_A") else x for name, x in state.items()}
+    state = {name: x[:, :, :rank] if name.endswith("loop_B") else x for name, x in state.items()}
+    made.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
+    return made.eval()
 
 
 def distance(hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from ritornello import cli
 from ritornello.config import ExitRule
 from ritornello.hub.moments import DAMPING, READ_BY, Moments, fit, roots, second_moments
-from ritornello.hub.upcycle import MATRICES, folded, low_rank, share_kept, split, upcycle
+from ritornello.hub.upcycle import MATRICES, folded, low_rank, matrix, share_kept, split, upcycle
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
 from tests.hub.test_llama import theirs
@@ -202,8 +202,7 @@ def _lost(model: RecurrentDepthTransformer, made: RecurrentDepthTransformer, mom
     for i in range(2, 8):
         layer, loop = made.recurrent[(i - 2) % 3], (i - 2) // 3
         for name, x in folded(dict(model.prelude_layers[i].state_dict())).items():
-            new = layer.get_submodule(name)
-            y = new.weight if new.loop_A is None else new.weight + new.loop_B[loop] @ new.loop_A[loop]
+            y = matrix(layer, name, loop)
             found.append(float(((x - y) @ moments[i][name] @ (x - y).mT).trace()))
     return found
 

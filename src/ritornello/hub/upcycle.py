@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ritornello.config import ModelConfig, pick, require, require_int
 from ritornello.hub.moments import READ_BY, Moments, fit, roots
 from ritornello.model.injection import INJECTIONS
+from ritornello.model.lora import Linear
 from ritornello.model.rdt import RecurrentDepthTransformer
 
 Init = Literal["mean", "first", "last"]
@@ -143,6 +144,15 @@ def low_rank(x: Tensor, rank: int, seen: Tensor | None = None) -> tuple[Tensor, 
     return torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
 
 
+def matrix(layer: nn.Module, name: str, loop: int) -> Tensor:
+    """What a recurrent layer multiplies by in this loop: its matrix and its delta."""
+    found = layer.get_submodule(name)
+    assert isinstance(found, Linear)
+    if found.loop_A is None or found.loop_B is None:
+        return found.weight
+    return found.weight + found.loop_B[loop] @ found.loop_A[loop]
+
+
 @torch.no_grad()
 def share_kept(model: RecurrentDepthTransformer, made: RecurrentDepthTransformer) -> float:
     """Of the squared size of the matrices that were tied, what shared ones and deltas have; 1: all."""
@@ -153,9 +163,7 @@ def share_kept(model: RecurrentDepthTransformer, made: RecurrentDepthTransformer
         for i in range(c.n_loops):
             true = folded(dict(layers[c.n_prelude_layers + i * n + j].state_dict()))
             for name, x in true.items():
-                found = layer.get_submodule(name)
-                y = found.weight if found.loop_A is None else found.weight + found.loop_B[i] @ found.loop_A[i]
-                lost += float((x - y).square().sum())
+                lost += float((x - matrix(layer, name, i)).square().sum())
                 total += float(x.square().sum())
     return 1 - lost / total
 
