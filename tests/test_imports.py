@@ -14,7 +14,7 @@ LIGHT = (
     "ritornello.cli",
     *(f"ritornello.commands.{verb}" for verb in ("demo", "train", "generate", "runs", "lab", "info", "doctor")),
     *(f"ritornello.commands.{verb}" for verb in ("calibrate", "chat", "eval", "exits", "export", "loading", "writing")),
-    *(f"ritornello.commands.{verb}" for verb in ("convert", "plan", "serve")),
+    *(f"ritornello.commands.{verb}" for verb in ("convert", "loopify", "plan", "serve")),
     *(f"ritornello.planning.{name}" for name in ("memory", "plan", "report")),
 )
 

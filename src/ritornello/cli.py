@@ -35,6 +35,7 @@ VERBS = {
     "eval": ("Eval", "score a model on lm-eval's tasks, at any number of loops"),
     "export": ("Export", "write a model as transformers reads it"),
     "convert": ("Convert", "write a published looped model as one of this package"),
+    "loopify": ("Loopify", "search layers of a plain model to run again, untrained"),
     "runs": ("Runs", "list, compare, consolidate and remove runs"),
     "lab": ("Lab", "test the claims: loops, depth, stability, halting"),
     "plan": ("Plan", "memory, layout and time of one training run"),

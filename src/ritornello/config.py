@@ -167,6 +167,7 @@ class ModelConfig:
     initial_state: InitialState = "zeros"
     noise_std: float = NOISE_STD  # of an initial state that is noise
     carry_streams: int = 1
+    loop_scale: tuple[float, float] = (1.0, 1.0)  # how much of the block's change stays: in loop 0, in later ones
     anchored: bool = False  # h <- norm(softmax(logits) E) after each loop
 
     lora_rank: int = 4  # 0: none
@@ -263,6 +264,9 @@ class ModelConfig:
             0 < self.decay_init < self.rho_max, "decay_init", self.decay_init, f"in (0, rho_max = {self.rho_max:g})"
         )
         require_float("input_init", self.input_init, 0)
+        require(len(self.loop_scale) == 2, "loop_scale", self.loop_scale, "two numbers: of loop 0, of later ones")
+        for scale in self.loop_scale:
+            require_float("loop_scale", scale, 0, 1, open_low=True)
         if self.is_plain:
             require(self.halting == "none", "halting", self.halting, "'none' without recurrent layers")
             require(self.state_norm == "none", "state_norm", self.state_norm, "'none' without recurrent layers")

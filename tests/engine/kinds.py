@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[dict[str, Any], ExitName | None]] = {  # settings, and th
     "as Huginn": ({"halting": "none", "initial_state": "noise", "norm": "sandwich", **HUGINN}, "delta"),
     "as Ouro": ({"halting": "state_gate", "initial_state": "e", "norm": "pre_post", **OURO}, "cumulative"),
     "as Parcae": ({"halting": "none", **PARCAE}, "delta"),
+    "damped": ({"halting": "none", "loop_scale": (1.0, 0.3), **OURO, "initial_state": "e"}, "delta"),
     "plain": ({"halting": "none", "layers": (2, 0, 1)}, None),
     "bare": ({"halting": "none", "layers": (0, 1, 0)}, None),
 }

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ritornello.lab import judging
-from ritornello.lab.statistics import difference, greater, rank_correlation, summarise
+from ritornello.lab.statistics import difference, greater, paired, rank_correlation, summarise
 
 
 def slow_permutation_p(a: list[float], b: list[float]) -> float:
@@ -92,3 +92,28 @@ def test_same_models_are_compared_seed_by_seed() -> None:
     assert judging.is_better_paired([x + 0.2 for x in apart], apart)[0] == "holds"
     assert judging.is_better_paired([x + 0.05 for x in apart], apart)[0] == "does not hold"
     assert judging.is_better_paired([0.9, 0.6, 0.9], apart)[0] == "inconclusive"
+
+
+def test_paired_interval_of_a_mean() -> None:
+    """Of means, the percentile interval comes near the t interval, and items pair."""
+    draw = np.random.default_rng(1)
+    before = draw.normal(size=400)
+    after = before + draw.normal(0.1, 0.2, size=400)
+    found, usual = paired(after - before, np.ones(400)), summarise(list(after - before))
+    assert found.mean == pytest.approx(usual.mean) and found.n == 400
+    assert found.low == pytest.approx(usual.low, abs=2e-3) and found.high == pytest.approx(usual.high, abs=2e-3)
+    apart = difference(list(after), list(before))
+    assert apart.low < 0 < found.low, "control: unpaired, nothing would be seen"
+
+
+def test_paired_interval_of_a_ratio() -> None:
+    found = paired([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])
+    assert found.mean == 1.5 and found == paired([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])
+    assert 1 <= found.low < found.high <= 2
+
+
+def test_paired_interval_covers() -> None:
+    """95% of them hold the truth, about."""
+    draw = np.random.default_rng(2)
+    held = [paired(draw.normal(1, 2, size=60), np.ones(60), n_draws=300) for _ in range(300)]
+    assert 0.90 < np.mean([x.low < 1 < x.high for x in held]) < 0.98

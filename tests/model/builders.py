@@ -50,6 +50,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "noise_std": (settings.NOISE_STD, 0.1),
     "normalize_input": (True, False),
     "state_norm": get_args(settings.StateNorm),
+    "loop_scale": ((1.0, 1.0), (1.0, 0.3)),
     "layers": ((1, 1, 1), (0, 2, 1), (1, 2, 0)),
     "policy": get_args(settings.CachePolicy),  # of the cache, not of the model
 }

@@ -172,6 +172,7 @@ class _Oracle:
         x = read
         for layer in m.recurrent:
             x = self.layer(layer, x, loop, table, shift)
+        x = read + c.loop_scale[min(loop, 1)] * (x - read)
         if c.carry_streams == 1:
             h = x[None]
         else:

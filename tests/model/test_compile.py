@@ -22,7 +22,7 @@ KINDS = {
     "gqa-moe-act": {"attention": "gqa", "ffn": "moe", "halting": "act"},
     "mla-moe-gate": {"attention": "mla", "ffn": "moe", "halting": "gate", "read_out": "last"},
     "mla-dense-kl": {"attention": "mla", "ffn": "dense", "halting": "kl", "read_out": "last"},
-    "gqa-dense-none": {"attention": "gqa", "ffn": "dense", "halting": "none", "read_out": "last"},
+    "gqa-dense-none": {"ffn": "dense", "halting": "none", "read_out": "last", "loop_scale": (1.0, 0.3)},
     "anchored": {"ffn": "dense", "anchored": True, "halting": "none", "read_out": "last"},
     "streams": {"ffn": "dense", "carry_streams": 3, "injection": "linear", "halting": "none", "read_out": "last"},
 }

@@ -52,6 +52,21 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Summary:
     return Summary(mean, error, mean - half, mean + half, min(one.n, other.n))
 
 
+def paired(gains: ArrayLike, weights: ArrayLike, *, n_draws: int = 10_000) -> Summary:
+    """Of Σ gains / Σ weights over items drawn again with replacement: a percentile interval of 95%; sd, their spread.
+
+    gains: after − before for each item; weights: its bytes, or 1. The same items give the same interval.
+    """
+    one, weight = np.asarray(gains, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    assert one.shape == weight.shape and one.ndim == 1
+    draw, n = np.random.default_rng(0), len(one)
+    size = max(1, 2**21 // n)
+    blocks = (draw.integers(n, size=(min(size, n_draws - i), n)) for i in range(0, n_draws, size))
+    means = np.concatenate([one[block].sum(1) / weight[block].sum(1) for block in blocks])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Summary(float(one.sum() / weight.sum()), float(means.std(ddof=1)), float(low), float(high), n)
+
+
 def spread(by_seed: NDArray[np.float64]) -> NDArray[np.float64] | None:
     """The standard deviation (n - 1) over the last axis, one entry a seed; None with one seed."""
     return by_seed.std(-1, ddof=1) if by_seed.shape[-1] > 1 else None

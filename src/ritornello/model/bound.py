@@ -43,15 +43,14 @@ def state_bound(model: "RecurrentDepthTransformer", n_loops: int) -> float:
     rho, inflow = model.injection.rho(), model.injection.gain() * e
     write = float(model.carry.write_weight.abs().max()) if isinstance(model.carry, HyperConnections) else 1.0
     if model.config.norm == "sandwich":
-        change = norm_bound(layers[-1].mlp_out_layernorm)
-        if not isinstance(model.carry, HyperConnections):
-            return max(start, change)
-        kept = model.carry.mixing.softmax(-1) - model.carry.write_weight[:, None] * model.carry.read_weight
-        stretch = float(kept.abs().sum(1).max())  # the block's change is its normalised output less what it read
+        change, scales = norm_bound(layers[-1].mlp_out_layernorm), model.config.loop_scale
+        stretch = 1 - min(scales)  # the block's change is its normalised output less what it read
+        if isinstance(model.carry, HyperConnections):
+            mixing, moved = model.carry.mixing.softmax(-1), model.carry.write_weight[:, None] * model.carry.read_weight
+            stretch = max(float((mixing - s * moved).abs().sum(1).max()) for s in scales)
         rho, inflow = rho * stretch, inflow * stretch
     else:
-        shift = _shift(model)
-        change = sum(layer_bound(layer, shift) for layer in layers)
+        change = sum(layer_bound(layer, _shift(model)) for layer in layers)
     if rho > 1 and n_loops * math.log(rho) > 700:
         return math.inf  # beyond what a float holds
     steps = n_loops if rho == 1 else (1 - rho**n_loops) / (1 - rho)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ritornello.config import NOISE_STD
-from ritornello.model.context import Context
+from ritornello.model.context import Context, Loop
 from ritornello.ops.noise import Key, fold, normal
 from ritornello.ops.precision import at_least_float32
 
@@ -20,6 +20,13 @@ def initial_state(kind: str, e: Tensor, context: Context, std: float = NOISE_STD
     keys = (context.key or Key()).fold(context.positions, 0)[..., None]
     noise = normal(fold(keys, torch.arange(e.shape[-1], device=e.device))).clamp(-3, 3)
     return std * noise.to(e.dtype)
+
+
+def damped(x: Tensor, y: Tensor, loop: Loop, first: float, later: float) -> Tensor:
+    """x + s · (y − x), with s = `first` in loop 0 and `later` from loop 1 on (2605.23872: sub-steps of a block)."""
+    if isinstance(loop, int):
+        return x.lerp(y, first if loop == 0 else later)
+    return torch.where((loop == 0)[..., None], x.lerp(y, first), x.lerp(y, later))
 
 
 class SingleStream(nn.Module):

@@ -157,8 +157,7 @@ def check_exit(config: ModelConfig, rule: ExitRule | None) -> None:
         return
     require(isinstance(rule, ExitRule), "exit", rule, "an ExitRule or None")
     require(not config.is_plain, "exit", rule.rule, "absent for a plain model, which has no loops to leave")
-    learned = rule.rule in LEARNED_RULES
-    if learned:
+    if learned := rule.rule in LEARNED_RULES:
         require(config.halting in HALTING_HEADS, "exit", rule.rule, f"training-free: halting is {config.halting!r}")
     elif rule.rule != "delta":
         remedy = "train with halting = 'kl', 'entropy' or 'gate'"

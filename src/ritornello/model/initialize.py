@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def initialize(model: "RecurrentDepthTransformer", seed: int) -> None:
+def initialize(model: "RecurrentDepthTransformer", seed: int = 0) -> None:
     """Draw every parameter of `model` in place, from `seed` alone."""
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
     shrink = 0.0 if model.config.output_init == "zero" else (2 * model.config.effective_depth) ** -0.5

@@ -70,8 +70,7 @@ class Layer(nn.Module):
     def _write(self, branch: str, x: Tensor, y: Tensor, now: Pass) -> Tensor:
         """Add a branch's output to the residual stream, which keeps x's precision."""
         norm = self.attn_out_layernorm if branch == "attention" else self.mlp_out_layernorm
-        if norm is not None and self.norm_kind == "pre_post":
-            y = norm(y)
+        y = norm(y) if norm is not None and self.norm_kind == "pre_post" else y
         if self.training and self.dropout:
             assert now.context.key is not None
             key = now.context.key.fold(now.context.positions, self.layer, now.loop, int(branch == "ffn"))

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ritornello.config import MAX_LOOPS, ExitRule, ModelConfig, require, require_int
 from ritornello.model.bound import state_bound
 from ritornello.model.cache import Cache, KeyValues, Passing
-from ritornello.model.carry import HyperConnections, SingleStream, initial_state
+from ritornello.model.carry import HyperConnections, SingleStream, damped, initial_state
 from ritornello.model.context import Capture, Context, Loop, build_context
 from ritornello.model.depth import Depth, Turn
 from ritornello.model.halting import Halting, Probe, Signals, check_exit
@@ -87,6 +87,7 @@ class RecurrentDepthTransformer(nn.Module):
             self.init_weights(seed)
 
     state_bound = state_bound  # (n_loops) -> the largest ‖h‖ that any tokens can reach
+    init_weights = initialize  # (seed = 0): draws every parameter anew, in place
 
     def compile(self, *, unroll: bool = False, **options: Any) -> None:
         """Compile prelude, loop and coda in place, without graph breaks: one graph of the loop serves every loop count.
@@ -99,10 +100,6 @@ class RecurrentDepthTransformer(nn.Module):
         how: Any = {"fullgraph": True, "isolate_recompiles": True, "recompile_limit": 64, **lean, **options}
         for name in ("_compute", "logits") if unroll else ("prelude", "_step", "coda", "logits"):
             setattr(self, name, partial(torch.compile(getattr(type(self), name), **how), self))
-
-    def init_weights(self, seed: int = 0) -> None:
-        """Draw every parameter anew, in place."""
-        initialize(self, seed)
 
     @property
     def head_weight(self) -> Tensor:
@@ -122,20 +119,22 @@ class RecurrentDepthTransformer(nn.Module):
 
     def prelude(self, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
         """Embeddings (B, T, D) -> e (B, T, D)."""
-        x = self._run(self.prelude_layers, x, context, kv)
+        x, _ = self._run(self.prelude_layers, x, Pass(0, 0, context, kv))
         return x if self.config.is_plain or self.input_norm is None else self.input_norm(x)
 
     def coda(self, h: Tensor, context: Context, kv: KeyValues) -> Tensor:
         """State (B, T, D) -> hidden (B, T, D), in which the logits are linear."""
         h = self.norm(h) if self.config.state_norm == "read" else h
-        x = self._run(self.coda_layers, h if self.read_matrix is None else self.read_matrix(h), context, kv)
+        h = h if self.read_matrix is None else self.read_matrix(h)
+        x, _ = self._run(self.coda_layers, h, Pass(0, 0, context, kv))
         return x if self.config.state_norm == "loop" and not self.config.n_coda_layers else self.norm(x)
 
-    def _run(self, layers: nn.ModuleList, x: Tensor, context: Context, kv: KeyValues) -> Tensor:
-        now = Pass(0, 0, context, kv)
+    def _run(self, layers: nn.ModuleList, x: Tensor, now: Pass) -> tuple[Tensor, tuple[Routed, ...]]:
+        routed = []
         for layer in layers:
-            x, _ = layer(x, now)
-        return x
+            x, found = layer(x, now)
+            routed += [] if found is None else [found]
+        return x, tuple(routed)
 
     def loop_once(
         self, h: Tensor, e: Tensor, loop: Loop, context: Context, kv: KeyValues, running: Tensor | None = None
@@ -147,15 +146,12 @@ class RecurrentDepthTransformer(nn.Module):
         last = self.config.n_loops - 1
         table = min(loop, last) if isinstance(loop, int) else loop.clamp(max=last)
         u = self.injection(h, self.carry.inputs(e))
-        read = x = self.carry.read(u)
-        now = Pass(loop, table, context, kv, running, self._shift(table))
-        routed = []
-        for layer in self.recurrent:
-            x, found = layer(x, now)
-            routed += [] if found is None else [found]
+        read = self.carry.read(u)
+        x, routed = self._run(self.recurrent, read, Pass(loop, table, context, kv, running, self._shift(table)))
+        x = x if self.config.loop_scale == (1, 1) else damped(read, x, loop, *self.config.loop_scale)
         h = self.carry.write(u, read, x)
         h = self.norm(h) if self.config.state_norm == "loop" else h
-        return (self._anchor(h) if self.anchor_norm is not None else h), tuple(routed)
+        return (self._anchor(h) if self.anchor_norm is not None else h), routed
 
     def _shift(self, table: Loop) -> Tensor | None:
         """The loop-index embedding, which branches read and the carry never holds."""
@@ -243,8 +239,8 @@ class RecurrentDepthTransformer(nn.Module):
         if context.capture is not None:
             context.capture.add("h", turn.loop, h)
         used = state.loops_used + (1 if running is None else running.to(torch.int64))
-        some = running is not None or turn.partial
-        kept = entries if some or run.exit is not None or self.config.kv_sharing == "first" else None
+        halts = running is not None or turn.partial or run.exit is not None
+        kept = entries if halts or self.config.kv_sharing == "first" else None
         return LoopState(h, used, state.rows, turn.loop, running, routed, kept, halt)
 
     def _block(
