@@ -135,3 +135,15 @@ def test_the_engine_writes_what_one_pass_would() -> None:
         alone = decode(model, [prompt], n_new=8, n_loops=6, exit=rule, sampling=Sampling(temperature=0))
         assert [(int(token), int(n)) for token, n in alone] == found
     assert len({n for found in text for _, n in found}) > 1
+
+
+def test_a_token_in_the_place_of_another_is_read_as_itself() -> None:
+    """The next text of one token has the first one's slot, place and lane, and another value."""
+    model = ours("parcae", SMALL, F64)
+    engine, found = Engine(model, chunk=4, tick_tokens=16), []
+    for token in range(23):
+        number = engine.submit(Request(prompt=[token], max_tokens=1, n_logprobs=1, sampling=Sampling(temperature=0)))
+        found += [event.logprob for event in engine.run() if event.number == number and event.token is not None]
+    with torch.no_grad():
+        logits = model(torch.arange(23)[:, None]).logits[:, 0]
+    assert (torch.tensor(found, dtype=F64) - logits.log_softmax(-1).amax(-1)).abs().max() < 1e-6
