@@ -318,7 +318,7 @@ class Engine:
         x = model.embed(self._tensor(ids)[None])
         together = self._together(all_new, self.layout.prelude, x)
         lanes, context = together.lanes, together.context
-        e = model.prelude(x, context, Tick(self.tables, all_new, together.plans))
+        e = model.prelude(x, context, Tick(self.tables, all_new, together.plans, self.layout.prelude))
         if model.config.is_plain:
             self.lanes.put(self.read, lanes, e)
             self._sort_out(np.isin(self.active.lane, new.lane), np.ones(len(new), np.bool_))
@@ -356,7 +356,7 @@ class Engine:
         before, e = self.lanes.get("h", lanes), self.lanes.get("e", lanes)
         alike = not self.exact and bool((loops == loops[0]).all())  # low-rank deltas are then a slice
         loop: Any = int(loops[0]) if alike else self._tensor(loops)[None]
-        tick = Tick(self.tables, everything, together.plans)
+        tick = Tick(self.tables, everything, together.plans, self.layout.recurrent)
         now, _ = self.model.loop_once(before, e, loop, together.context, tick)
         self.lanes.put("h", lanes, now)
         out = self.model.carry.mean(now)
@@ -470,7 +470,8 @@ class Engine:
         everything = self._filled(tokens)
         together = self._together(everything, self.layout.coda, held=self.read)
         h = self.lanes.get(self.read, together.lanes)
-        return self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
+        tick = Tick(self.tables, everything, together.plans, self.layout.coda)
+        return self.model.coda(h, together.context, tick)[0]
 
     def _of(self, leaving: list[_Leaving]) -> Tokens:
         """In the order of `leaving`, each sequence's side by side."""

@@ -60,30 +60,40 @@ def _plan(places: Rows, starts: Rows, sizes: Rows, spans: Rows, apart: bool, dev
 
 
 class Tick(KeyValues):
-    """The keys and values of one pass over tokens side by side: (1, N, W)."""
+    """The keys and values of one pass of `layers`, all of the loop or all outside, over tokens side by side: (1, N, W).
+    Rows of all these layers are looked up at once, and sent to the device at once."""
 
-    def __init__(self, tables: Tables, tokens: Tokens, plans: list[Plan]) -> None:
-        self.tables, self.tokens, self.plans = tables, tokens, plans
+    def __init__(self, tables: Tables, tokens: Tokens, plans: list[Plan], layers: list[int]) -> None:
+        self.entries, self.plans = tables.pages.entries, plans
+        self._numbers = {layer: i for i, layer in enumerate(layers)}
+        kinds, device = tables.layout.kinds(layers, tokens.loop), self.entries.device
+        rows, self._own = tables.rows[tokens.slot, kinds, tokens.place], None
+        if tables.layout.shares_first and layers == tables.layout.recurrent and tokens.loop.any():
+            own = tokens.loop == 0  # the entries of others stay
+            rows, self._own = rows[:, own], to_device(own, device)
+        self._written = to_device(rows, device)  # (L, N)
+        found = ((tables.rows[tokens.slot[plan.first], kinds[:, plan.first], : plan.longest], plan) for plan in plans)
+        self._read = [to_device(_within(rows, plan), device) for rows, plan in found]  # (L, g, S)
 
     def put(self, layer: int, loop: Loop, entry: Tensor, running: Tensor | None, some: Subset | None) -> Ragged:
-        tables, tokens, entries = self.tables, self.tokens, self.tables.pages.entries
-        rows = tables.rows[tokens.slot, tables.layout.kinds(layer, tokens.loop), tokens.place]
-        if tables.layout.shares_first and layer in tables.layout.recurrent and tokens.loop.any():
-            own = tokens.loop == 0  # the entries of others stay
-            rows, entry = rows[own], entry[:, to_device(own, entries.device)]
-        entries.index_copy_(0, to_device(rows, entries.device), entry[0].to(entries.dtype))
-        found = [(plan, to_device(self._read(layer, plan), entries.device)) for plan in self.plans]
-        return Ragged([Group(plan.tokens, entries[read], plan.mask, plan.is_row) for plan, read in found])
+        i, entries = self._numbers[layer], self.entries
+        entry = entry if self._own is None else entry[:, self._own]
+        entries.index_copy_(0, self._written[i], entry[0].to(entries.dtype))
+        groups = []
+        for plan, read in zip(self.plans, self._read, strict=True):
+            seen = entries.index_select(0, read[i].flatten()).view(*read.shape[1:], -1)
+            groups.append(Group(plan.tokens, seen, plan.mask, plan.is_row))
+        return Ragged(groups)
 
-    def _read(self, layer: int, plan: Plan) -> Rows:
-        """(g, S); where a span is shorter, one of its own that the mask hides: no number is hidden so well that NaN of
-        another sequence would not come through."""
-        loops = self.tokens.loop[plan.first]
-        kinds = self.tables.layout.kinds(layer, loops)
-        rows = self.tables.rows[self.tokens.slot[plan.first], kinds, : plan.longest]
-        if rows.shape[1] < plan.longest:  # the table is no wider
-            rows = np.pad(rows, ((0, 0), (0, plan.longest - rows.shape[1])))
-        return np.where(np.arange(plan.longest) < plan.spans[:, None], rows, rows[:, :1])
+
+def _within(rows: Rows, plan: Plan) -> Rows:
+    """rows (L, g, S); where a span is shorter, one of its own that the mask hides: no number is hidden so well that NaN
+    of another sequence would not come through."""
+    if rows.shape[-1] < plan.longest:  # the table is no wider
+        rows = np.pad(rows, ((0, 0), (0, 0), (0, plan.longest - rows.shape[-1])))
+    if (plan.spans < plan.longest).any():
+        np.copyto(rows, rows[..., :1], where=np.arange(plan.longest) >= plan.spans[:, None])
+    return rows
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
