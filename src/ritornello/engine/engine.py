@@ -664,7 +664,8 @@ class Engine:
         x = self.lanes.get(held, lanes[:1]).expand(-1, len(tokens), -1) if x is None else x
         context = self.model.context(x, positions=positions)
         context = replace(context, exact=self.exact)
-        return _Together(tokens, lanes, context, planned(tokens, self.device, apart=self.exact) if layers else [])
+        how: Any = {"width": self.model.config.kv_width, "apart": self.exact}
+        return _Together(tokens, lanes, context, planned(tokens, self.device, **how) if layers else [])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)

@@ -82,7 +82,7 @@ class Layout:
         self._first[self.recurrent] = np.arange(self.n_once, self.n_kinds, n_loops)
 
     def kinds(self, layers: list[int], loops: Rows) -> Rows:
-        """(L, n): the kinds of row that L layers, all of the loop or all outside, read and write in these loops (n,)."""
+        """(L, n): the kinds of row that L layers, all of the loop or none, read and write in these loops (n,)."""
         return self._first[layers][:, None] + (loops if layers == self.recurrent else np.zeros_like(loops))
 
     def most_rows(self, n_tokens: int) -> int:

@@ -15,6 +15,7 @@ from ritornello.ops.subset import Subset
 
 ALIKE = 64  # entries: spans that round up to the same multiple of this are attended together
 CHUNKS = 16  # tokens: and so are chunks of about as many
+SPARE = 1 << 17  # numbers: to read so many for nothing costs what attending once more does
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Plan:
     is_row: bool  # see `ops.ragged`
 
 
-def planned(tokens: Tokens, device: torch.device, *, apart: bool = False) -> list[Plan]:
-    """Chunks of about equal length and span together. apart: each token by itself, over a span that depends on nothing
-    but its own place."""
+def planned(tokens: Tokens, device: torch.device, *, width: int, apart: bool = False) -> list[Plan]:
+    """Chunks of about equal length and span together. width: of an entry; apart: each token by itself, over a span that
+    depends on nothing but its own place."""
     ends_here = np.ones(len(tokens), np.bool_)
     if not apart:
         ends_here[:-1] = (tokens.slot[1:] != tokens.slot[:-1]) | (tokens.loop[1:] != tokens.loop[:-1])
@@ -42,10 +43,22 @@ def planned(tokens: Tokens, device: torch.device, *, apart: bool = False) -> lis
     starts, spans = ends - sizes, tokens.place[ends - 1] + 1
     which = np.arange(len(tokens))
     if not apart:
-        alike = -(-spans // ALIKE) * len(tokens) + np.where(sizes == 1, 0, -(-sizes // CHUNKS))
+        reach, single = -(-spans // ALIKE), sizes == 1
+        reach[single] = _joined(reach[single], width * ALIKE)
+        alike = reach * len(tokens) + np.where(single, 0, -(-sizes // CHUNKS))
         _, which = np.unique(alike, return_inverse=True)
     groups = [np.flatnonzero(which == i) for i in range(int(which.max()) + 1)]
     return [_plan(tokens.place, starts[some], sizes[some], spans[some], apart, device) for some in groups]
+
+
+def _joined(reach: Rows, size: int) -> Rows:
+    """How far single tokens see, in steps of `size` numbers: few that see less go with those that see more."""
+    found, highest = reach.copy(), None
+    for each, n in reversed(list(zip(*np.unique(reach, return_counts=True), strict=True))):
+        if highest is None or (highest - each) * n * size > SPARE:
+            highest = each
+        found[reach == each] = highest
+    return found
 
 
 def _plan(places: Rows, starts: Rows, sizes: Rows, spans: Rows, apart: bool, device: torch.device) -> Plan:
