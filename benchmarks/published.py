@@ -21,7 +21,7 @@ from ritornello.model.rdt import RecurrentDepthTransformer
 
 BATCHES, PAST, NEW = (1, 16), 64, 64
 LENGTHS = range(32, 128, 6)  # of 16 prompts of different lengths
-MOST = 5  # turns
+MOST = 3  # turns, each of many seconds, after one that compares the tokens
 TICK = 2048  # tokens, so that 16 prompts enter together as theirs do
 GREEDY = Sampling(temperature=0)
 SHAPES: dict[str, Settings] = {
@@ -113,11 +113,11 @@ def full_depth(both: Sides, asked: Sequence[Sequence[int]], *, n: int) -> Iterat
     """Beside the fastest of its caches."""
     ours = partial(both.ours, asked)
     peers = {how: partial(both.their, asked, **options) for how, options in CACHES[both.name].items()}
-    how = min(peers, key=lambda how: alone(peers[how], n=1)) if len(peers) > 1 else next(iter(peers))
+    how = min(peers, key=lambda how: alone(peers[how], n=1, warmup=0)) if len(peers) > 1 else next(iter(peers))
     same = agreed(ours()[0], peers[how]()[0])
     assert same > 0.9, f"only {same:.0%} of the tokens are the same"
     metric = f"seconds for {said(asked)}, all {both.n_loops} loops, {same:.1%} of tokens the same"
-    yield row(both, metric, f"its generate, {how}") | asdict(paired(ours, peers[how], n=n))
+    yield row(both, metric, f"its generate, {how}") | asdict(paired(ours, peers[how], n=n, warmup=0))
 
 
 def leaving(both: Sides, asked: Sequence[Sequence[int]], *, n: int) -> Iterator[dict[str, Any]]:
@@ -127,9 +127,12 @@ def leaving(both: Sides, asked: Sequence[Sequence[int]], *, n: int) -> Iterator[
     their = partial(both.their, asked, exit=rule.threshold, **LEAVING[both.name])
     (tokens, loops), (others, their_loops) = early(), their()
     metric = f"seconds for {said(asked)}, {loops:.2f} of {both.n_loops} loops in the mean, leaving by {rule.rule}"
-    yield row(both, metric, f"its generate, {their_loops:.2f} loops") | asdict(paired(early, their, n=n))
+    yield row(both, metric, f"its generate, {their_loops:.2f} loops") | asdict(paired(early, their, n=n, warmup=0))
     yield row(both, "tokens the same, leaving early", "") | {"ours": agreed(tokens, others), "n": 1}
-    found, how = paired(early, full, n=n), {"seq_len": PAST + NEW // 2, "training": False, "convention": "full"}
+    found, how = (
+        paired(early, full, n=n, warmup=0),
+        {"seq_len": PAST + NEW // 2, "training": False, "convention": "full"},
+    )
     cost: Any = partial(flops_per_token, both.model.config, **how)
     limit = cost(n_loops=both.n_loops) / at_mean_loops(lambda n_loops: cost(n_loops=n_loops), loops)
     shares = {"ceiling": limit, "utilisation": found.ratio / limit}
