@@ -24,6 +24,7 @@ from benchmarks import (
     plan,
     prefill,
     processes,
+    published,
     rounding,
     saving,
     serve,
@@ -71,6 +72,7 @@ THEMES: dict[str, Callable[[int, dict[str, float]], Iterable[Row]]] = {
     "rounding": lambda n, most: each(rounding.rows, stream.WEIGHTS[1:]),
     "engine": lambda n, most: engine.rows(n=n),
     "serve": lambda n, most: serve.rows(n=n),
+    "published": lambda n, most: published.rows(n=n),
     "hub": lambda n, most: each(lambda s: hub.rows(s, n=n), ("S1", "S3")),
     "learning": lambda n, most: learning.rows(n=n),
 }

@@ -8,7 +8,7 @@ import torch
 
 from ritornello.config import ModelConfig
 from ritornello.engine.pages import NONE, FullError, Layout, Pages, Tables
-from ritornello.engine.tick import ALIKE, planned
+from ritornello.engine.tick import ALIKE, SPARE, planned
 from ritornello.engine.tokens import NOBODY, Part, Tokens
 
 
@@ -61,7 +61,7 @@ def test_slots_and_places_grow() -> None:
 def test_who_attends_together() -> None:
     """Chunks of like lengths and spans; each token sees its own place and those before."""
     tokens = of((0, [0, 1, 2], 0), (1, [5], 2), (2, [70], 1), (3, [6], 0), (0, [3, 4], 1), (4, [2, 4], 1))
-    plans = planned(tokens, torch.device("cpu"))
+    plans = planned(tokens, torch.device("cpu"), width=SPARE)
     assert sorted(sorted(plan.first.tolist()) for plan in plans) == [[0, 6, 8], [3, 5], [4]]
     seen = {}
     for plan in plans:
@@ -76,9 +76,19 @@ def test_who_attends_together() -> None:
     assert seen == {i: int(place) + 1 for i, place in enumerate(tokens.place)}
 
 
+def test_few_that_see_less_go_with_those_that_see_more() -> None:
+    """As long as what they read for nothing is worth it: what each sees stays its own."""
+    tokens = of(*((slot, [place], 0) for slot, place in enumerate((3, 70, 75, 140, 9, 700))))
+    few, many = (planned(tokens, torch.device("cpu"), width=width) for width in (SPARE // ALIKE // 4, SPARE))
+    assert [plan.first.tolist() for plan in few] == [[0, 1, 2, 3, 4], [5]]
+    assert [plan.first.tolist() for plan in many] == [[0, 4], [1, 2], [3], [5]]
+    (mask, _) = (plan.mask for plan in few)
+    assert mask is not None and mask.sum(-1).flatten().tolist() == [4, 71, 76, 141, 10]
+
+
 def test_apart_a_plan_depends_on_one_place() -> None:
     tokens = of((0, [0, 1], 0), (1, [70], 2))
-    plans = planned(tokens, torch.device("cpu"), apart=True)
+    plans = planned(tokens, torch.device("cpu"), width=4, apart=True)
     assert [plan.longest for plan in plans] == [ALIKE, ALIKE, 2 * ALIKE]
     assert [plan.tokens.tolist() for plan in plans] == [[[0]], [[1]], [[2]]]
 

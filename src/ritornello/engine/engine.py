@@ -326,7 +326,7 @@ class Engine:
             self._before = None  # its lanes may have other tokens now
         together = self._together(all_new, self.layout.prelude, x)
         lanes, context = together.lanes, together.context
-        e = model.prelude(x, context, Tick(self.tables, all_new, together.plans))
+        e = model.prelude(x, context, Tick(self.tables, all_new, together.plans, self.layout.prelude))
         if model.config.is_plain:
             self.lanes.put(self.read, lanes, e)
             self._sort_out(np.isin(self.active.lane, new.lane), np.ones(len(new), np.bool_))
@@ -364,7 +364,7 @@ class Engine:
         before, e = self.lanes.get("h", lanes), self.lanes.get("e", lanes)
         alike = not self.exact and bool((loops == loops[0]).all())  # low-rank deltas are then a slice
         loop: Any = int(loops[0]) if alike else self._tensor(loops)[None]
-        tick = Tick(self.tables, everything, together.plans)
+        tick = Tick(self.tables, everything, together.plans, self.layout.recurrent)
         now, _ = self.model.loop_once(before, e, loop, together.context, tick)
         self.lanes.put("h", lanes, now)
         out = self.model.carry.mean(now)
@@ -478,7 +478,8 @@ class Engine:
         everything = self._filled(tokens)
         together = self._together(everything, self.layout.coda, held=self.read)
         h = self.lanes.get(self.read, together.lanes)
-        return self.model.coda(h, together.context, Tick(self.tables, everything, together.plans))[0]
+        tick = Tick(self.tables, everything, together.plans, self.layout.coda)
+        return self.model.coda(h, together.context, tick)[0]
 
     def _of(self, leaving: list[_Leaving]) -> Tokens:
         """In the order of `leaving`, each sequence's side by side."""
@@ -672,8 +673,8 @@ class Engine:
         ids = self.lanes.get("ids", lanes) if self.model.config.value_embeddings else None
         context = self.model.context(x, tokens=ids, positions=positions)
         context = replace(context, exact=self.exact)
-        plans = planned(tokens, self.device, prefix=self.tables.prefix, apart=self.exact) if layers else []
-        return _Together(tokens, lanes, context, plans)
+        how: Any = {"width": self.model.config.kv_width, "prefix": self.tables.prefix, "apart": self.exact}
+        return _Together(tokens, lanes, context, planned(tokens, self.device, **how) if layers else [])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)

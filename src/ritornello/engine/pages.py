@@ -76,14 +76,14 @@ class Layout:
         self.prelude, self.coda = list(range(first)), list(range(last, config.n_layers))
         self.recurrent = list(range(first, last))
         self.n_once = len(self.prelude) + len(self.coda)
-        self._once = {layer: i for i, layer in enumerate((*self.prelude, *self.coda))}
         self.n_kinds = self.n_once + len(self.recurrent) * n_loops
+        self._first = np.zeros(config.n_layers, np.int64)  # kind of each layer
+        self._first[self.prelude + self.coda] = np.arange(self.n_once)
+        self._first[self.recurrent] = np.arange(self.n_once, self.n_kinds, n_loops)
 
-    def kinds(self, layer: int, loops: Rows) -> Rows:
-        """The kind of row that `layer` reads and writes in each of these loops."""
-        if layer in self._once:
-            return np.full_like(loops, self._once[layer])
-        return self.n_once + (layer - self.recurrent[0]) * self.n_loops + loops
+    def kinds(self, layers: list[int], loops: Rows) -> Rows:
+        """(L, n): the kinds of row that L layers, all of the loop or none, read and write in these loops (n,)."""
+        return self._first[layers][:, None] + (loops if layers == self.recurrent else np.zeros_like(loops))
 
     def most_rows(self, n_tokens: int) -> int:
         """That so many tokens can hold at once."""
@@ -137,25 +137,22 @@ class Tables:
         taken none."""
         if not layers:
             return
+        kinds = self.layout.kinds(layers, loops)
         if layers == self.layout.recurrent and self.layout.shares_first:
             later = loops > 0
-            for layer in layers:
-                at = slots[later], self.layout.kinds(layer, loops[later]), places[later]
-                self.rows[at] = self.rows[at[0], at[1] - 1, at[2]]
-        lacking = self.rows[slots, self.layout.kinds(layers[0], loops), places] == NONE
+            at = slots[later], kinds[:, later], places[later]
+            self.rows[at] = self.rows[at[0], at[1] - 1, at[2]]
+        lacking = self.rows[slots, kinds[0], places] == NONE
         if not lacking.all():
-            slots, places, loops = slots[lacking], places[lacking], loops[lacking]
-        taken = self.pages.take(len(layers) * len(slots)).reshape(len(layers), -1)
-        for layer, rows in zip(layers, taken, strict=True):
-            self.rows[slots, self.layout.kinds(layer, loops), places] = rows
+            slots, places, kinds = slots[lacking], places[lacking], kinds[:, lacking]
+        self.rows[slots, kinds, places] = self.pages.take(kinds.size).reshape(kinds.shape)
 
     def halt(self, slots: Rows, places: Rows, loops: Rows) -> None:
         """Their last loop was this one: deeper ones read its rows."""
         which, deeper = (np.arange(self.layout.n_loops) > loops[:, None]).nonzero()
         slots, places, loops = slots[which], places[which], loops[which]
-        for layer in self.layout.recurrent:
-            last, ahead = self.layout.kinds(layer, loops), self.layout.kinds(layer, deeper)
-            self.rows[slots, ahead, places] = self.rows[slots, last, places]
+        last, ahead = (self.layout.kinds(self.layout.recurrent, each) for each in (loops, deeper))
+        self.rows[slots, ahead, places] = self.rows[slots, last, places]
 
 
 def distinct(rows: Rows) -> Rows:
