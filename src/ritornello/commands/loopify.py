@@ -102,14 +102,16 @@ def show(found: "Found", compared: list["Compared"], by: "By") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("search", "bits", "accuracy")
+    table = Table("search", "bits", "accuracy", box=None, pad_edge=False)
     cells = {cell.window: cell for cell in found.cells}
     for cell in (found.original, *(cells[window] for window in found.best(by)[:5])):
         table.add_row(str(cell.window or "as it is"), f"{cell.bits:.4f}", _percent(cell.accuracy))
     console = Console()
     console.print(table)
     console.print(f"{len(found.cells)} windows tried{'' if found.complete else ', the budget spent'}")
-    table = Table("test", "measure", "before", "after", "gain [95%]", "n", "compute")
+    table = Table("test", "measure", "before", "after", box=None, pad_edge=False)
+    for name in ("gain [95%]", "n", "compute"):
+        table.add_column(name, no_wrap=True)
     for one in compared:
         for measure, gain in one.gains.items():
             before, after = one.before[measure], one.after[measure]
