@@ -36,7 +36,8 @@ from ritornello.train.schedule import learning_rate_scale
 
 RESULTS = Path(__file__).parent / "results" / "upcycling.jsonl"
 KEPT = Path("runs/upcycling")
-LENGTH, N_TEST, N_MOMENTS, ROWS = 512, 3, 16, 2  # tokens a window; windows of each kind; of both; in a healing step
+LENGTH, ROWS = 512, 1  # tokens of a window; windows in a step of healing
+N_TEST, N_MOMENTS = 3, 8  # windows of each kind
 N_LAYERS = 30  # of SmolLM2-135M
 CHUNK = 512  # tokens whose logits exist at once
 
@@ -88,10 +89,10 @@ class Bench:
             "english": self._windows(unseen.read_text(encoding="utf-8"), N_TEST),
             "python": self._windows("\n".join(python[::10]), N_TEST),
         }
+        seen = english.read_text(encoding="utf-8"), "\n".join(text for i, text in enumerate(python) if i % 10)
         n_train = tokens // LENGTH // 2
-        seen = "\n".join(text for i, text in enumerate(python) if i % 10)
-        mixed = (self._windows(english.read_text(encoding="utf-8"), n_train), self._windows(seen, n_train))
-        self.train = torch.stack(mixed, 1).flatten(0, 1)  # by turns
+        self.train = torch.cat([self._windows(text, n_train) for text in seen])
+        self.weighed = torch.cat([self._windows(text, 4 * N_MOMENTS)[:N_MOMENTS] for text in seen])
 
     def _windows(self, text: str, n: int) -> Tensor:
         """(n, LENGTH) spread evenly over the text."""
@@ -101,7 +102,7 @@ class Bench:
 
     @cached_property
     def moments(self) -> list[Moments]:
-        return second_moments(self.plain, self.train[:N_MOMENTS].split(4))
+        return second_moments(self.plain, self.weighed.split(4))
 
     def made(self, cell: Cell) -> RecurrentDepthTransformer:
         """Cut from that of full rank, whose deltas begin with those of every smaller one."""
@@ -173,6 +174,7 @@ class Bench:
             assert not cell.rank
         row["kept"] = share_kept(self.plain, model) if cell.n_loops else 1.0
         if cell.tokens:
+            row["before"] = self.bits(model, None)
             healing = time.process_time()
             losses = self.heal(model, cell, lr)
             row |= {"lr": lr, "losses": [round(x, 4) for x in losses], "heal_s": time.process_time() - healing}
