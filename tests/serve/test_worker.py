@@ -103,7 +103,7 @@ def test_where_ticks_are_long_each_is_told(server: Running, monkeypatch: pytest.
 
     monkeypatch.setattr(Engine, "step", slow)
     monkeypatch.setattr(worker.Worker, "_tick", ticked)
-    server.completed(max_tokens=5)
+    server.completed(max_tokens=8, loops=1)
     assert len(untold) > 5 and not any(untold)
     server.settle()
 
