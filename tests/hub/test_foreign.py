@@ -1,6 +1,7 @@
 """Tokenizers that published models come with: transformers' ids, bytes of every piece, nothing that breaks."""
 
 import json
+from base64 import b64encode
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -155,6 +156,9 @@ def replaces(content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
 
 
+LONG_TABLE = b64encode(b"\0\4\0\0" + b"\0" * 1024 + b"x" * 5000 + b"\0").decode()
+
+
 def nested(n: int) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": [nested(n - 1)] if n else []}
 
@@ -185,6 +189,18 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "normalizers that multiply": (
         lambda body: body | {"normalizer": {"type": "Sequence", "normalizers": [replaces("aa")] * 60}},
         "normalizer = 2000: must be at most 1000 times longer texts",
+    ),
+    "normalizers that multiply what replaces": (
+        lambda body: body | {"normalizer": {"type": "Sequence", "normalizers": [replaces("ﷺ"), {"type": "NFKC"}] * 9}},
+        "normalizer = 2000: must be at most 1000 times longer texts",
+    ),
+    "a table of long texts": (
+        lambda body: body | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG_TABLE}},
+        "normalizer = 5000: must be at most 1000 times longer texts",
+    ),
+    "bytes of bytes of bytes": (
+        lambda body: body | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [body["pre_tokenizer"]] * 30}},
+        "pre_tokenizer = 2000: must be at most 1000 times longer texts",
     ),
     "half a character": (lambda body: body["model"]["vocab"].update({"\ud800": 400}), "tokenizer.json"),
     "normalizers in normalizers": (lambda body: body | {"normalizer": nested(400)}, "tokenizer.json"),

@@ -1,6 +1,11 @@
 """Chat templates: transformers' ids for what people say, and no way for it to say more."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from itertools import product
 from pathlib import Path
@@ -10,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ritornello.hub.foreign import read_tokenizer
-from ritornello.hub.templates import Renderer
+from ritornello.hub.templates import PROGRAM, Renderer
 from ritornello.train.chat import chat_prompt
 from tests.hub.foreign import CHATML, LOUD, PLAIN, TRIMS, folder_of, spoilt
 
@@ -179,6 +184,33 @@ def test_one_that_was_ended_starts_again(tmp_path: Path) -> None:
     process = render._process
     render._end()
     assert process.poll() is not None
+
+
+def test_after_an_interrupt_no_answer_is_that_of_another() -> None:
+    slow = "{% if 'slow' in messages[0].content %}" + HOSTILE["a loop"][0] + "{% endif %}{{ messages[0].content }}"
+    slow = slow.replace("99999", "4000")  # a second or so: it comes to its end
+    render = Renderer(slow, {}, "x", seconds=60.0)
+    assert render(said("fast")) == "fast"
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        render(said("slow"))
+    assert render(said("fast")) == "fast"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows ends what is ended with its job")
+def test_a_template_ends_where_nobody_is_left_to_end_it() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-I", str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for template in ("as ever", HOSTILE["a loop"][0]):
+            asked = {"template": template, "values": {}, "seconds": 1.0}
+            process.stdin.write(json.dumps(asked).encode() + b"\n")
+            process.stdin.flush()
+            found = process.stdout.readline()
+            assert found == (b'{"text": "as ever"}\n' if template == "as ever" else b"")
+        assert process.wait(10) == -signal.SIGALRM
 
 
 def test_its_process_has_nobodys_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,6 +268,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"attention": "mla", "lora_targets": ()}, {}, "must be plain, of 'pre' norms, with GQA"),
     ({"norm": "pre_post"}, {}, "norm 'pre_post'"),
     ({"qk_bias": True}, {}, "without biases"),
+    ({"ffn": "dense", "activation": "relu2"}, {}, "activation = 'relu2'"),
+    ({"value_embeddings": (1, 3)}, {}, "value_embeddings = "),
     ({}, {"n_loops": 4}, "at most the 8 layers"),
     ({}, {"n_recurrent": 0}, "n_recurrent = 0"),
     ({}, {"rank": 17}, r"rank = 17: must be an integer in \[0, 16\]"),

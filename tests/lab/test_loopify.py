@@ -18,6 +18,7 @@ from ritornello.lab.loopify import (
     Store,
     compare,
     entered,
+    exams,
     grade_all,
     identity,
     spans,
@@ -128,6 +129,12 @@ def test_stages() -> None:
         assert all(0 <= window.first < window.last <= 12 for window in stage)
         found += stage
     assert Window(0, 2, 4, (0.25, 0.25)) in found and Window(0, 3, 2, (1.0, 0.5)) in found
+
+
+def test_a_model_whose_layers_read_tokens_is_not_searched() -> None:
+    model = build({"halting": "none", "layers": (4, 0, 0), "value_embeddings": (1, 3)})
+    with pytest.raises(ValueError, match=r"value_embeddings = \(1, 3\): must be \(\) for a search"):
+        exams(model, None, [])
 
 
 def written(path: Path, items: list[Item]) -> Path:

@@ -89,6 +89,25 @@ def test_what_was_not_told_yet_is_told_when_the_engine_comes_to_rest(
     server.settle()
 
 
+def test_where_ticks_are_long_each_is_told(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, tick = Engine.step, worker.Worker._tick
+    untold: list[bool] = []
+
+    def slow(engine: Engine) -> Any:
+        time.sleep(1.5 * worker.TELL_SECONDS)
+        return step(engine)
+
+    def ticked(self: worker.Worker) -> None:
+        tick(self)
+        untold.append(bool(self._untold))
+
+    monkeypatch.setattr(Engine, "step", slow)
+    monkeypatch.setattr(worker.Worker, "_tick", ticked)
+    server.completed(max_tokens=8, loops=1)
+    assert len(untold) > 5 and not any(untold)
+    server.settle()
+
+
 def test_a_tick_that_fails_is_run_again(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, step, failures = server.completed(max_tokens=20)["choices"], Engine.step, iter([0, 1, 0, 1, 0])
 

@@ -12,12 +12,12 @@ from ritornello.commands import INTEGER, TEXT, Command, option
 if TYPE_CHECKING:
     from ritornello.model.rdt import RecurrentDepthTransformer
 
-KIND = "What to read it as: llama, mistral, huginn_raven, ouro. Default: the model_type that it names."
+KIND = "What to read it as: llama, mistral, huginn_raven, ouro, ParcaeConfig. Default: what it names."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Command):
-    """Write a published model (Huginn, Ouro, Llama and its like) as a folder that transformers reads as ours."""
+    """Write a published model (Huginn, Ouro, Parcae, Llama and its like) as a folder of transformers', of our kind."""
 
     source: Annotated[Positional[Path], arg(metavar="PUBLISHED", help="Its folder, or a .gguf file.")]
     target: Annotated[Positional[Path], arg(metavar="FOLDER", help="Where to; it must not exist yet.")]

@@ -5,6 +5,7 @@ begins with what their post-processor puts before a text; what it would put afte
 """
 
 import json
+from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -23,7 +24,7 @@ from ritornello.train.tokenizer import MAX_BYTES, Tokenizer
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FILE, TEMPLATE = "tokenizer.json", "chat_template.jinja"
-MAX_GROWTH = 1000  # of a text by its normalizers
+MAX_GROWTH = 1000  # of a text by what is done to it before it is cut into tokens
 ABOUT, NAMES = "tokenizer_config.json", "special_tokens_map.json"
 
 
@@ -53,9 +54,11 @@ class PublishedTokenizer(Tokenizer):
         ends: Sequence[int] = (),
     ) -> None:
         self._source, self._names = source, sorted(names)
+        for part in ("normalizer", "pre_tokenizer"):  # before names of special tokens go through them
+            with _named(source):
+                growth = _growth(body.get(part))
+            require(growth <= MAX_GROWTH, f"{source}: {part}", growth, f"at most {MAX_GROWTH} times longer texts")
         self._marked = self._backend(body)
-        growth = _growth(body.get("normalizer"))
-        require(growth <= MAX_GROWTH, f"{source}: normalizer", growth, f"at most {MAX_GROWTH} times longer texts")
         self._plain = self._backend(_of_text(body))
         self._plain.encode_special_tokens = True
         self._inner = self._plain
@@ -192,17 +195,29 @@ def _template(folder: Path, about: Mapping[str, Any]) -> tuple[str | None, str]:
     return given, source
 
 
-def _growth(normalizer: Any) -> int:
-    """How many times as long a text may become, by chains of what each makes it longer."""
-    match normalizer:
-        case {"type": "Sequence", "normalizers": [*parts]}:
+def _growth(step: Any) -> int:
+    """How many times as long a text may become, in characters, by chains of what each makes it longer.
+
+    Unicode's forms make 18 of one, but of what grows again, by whatever replaces it between, 4 at most for each time
+    that the replacements count.
+    """
+    match step:
+        case {"type": "Sequence", "normalizers": [*parts]} | {"type": "Sequence", "pretokenizers": [*parts]}:
             return reduce(lambda product, part: min(product * _growth(part), 2 * MAX_GROWTH), parts, 1)
         case {"type": "Replace", "content": str(text)}:
             return 1 + len(text)
-        case {"type": "Precompiled" | "ByteLevel"}:
+        case {"type": "Precompiled", "precompiled_charsmap": str(table)}:
+            return _longest(b64decode(table))
+        case {"type": "ByteLevel" | "BertNormalizer" | "NFC" | "NFD" | "NFKC" | "NFKD"}:
             return 4
         case _:
             return 1
+
+
+def _longest(table: bytes) -> int:
+    """Of what SentencePiece's table of characters puts in the place of one: they follow a trie, a zero after each."""
+    begin = 4 + int.from_bytes(table[:4], "little")
+    return max(len(text.decode("utf-8", "replace")) for text in table[begin:].split(b"\0")) or 1
 
 
 def _of_text(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A chat template at work, in a process of its own: one that never ends, or fills the memory, is ended from outside.
 
 Started as a file, without this package: Jinja's sandbox, which also lets no object be changed, is all it imports. Reads
-lines of JSON, {"template", "values"}, and answers each with one: {"text"}, {"refused"} where the template itself raises
-an exception, {"error"} for any other.
+lines of JSON, {"template", "values", "seconds"}, and answers each with one: {"text"}, {"refused"} where the template
+itself raises an exception, {"error"} for any other.
 """
 
 import json
@@ -98,6 +98,8 @@ def rendered(source: str, values: Mapping[str, Any]) -> dict[str, str]:
 def confine() -> None:
     """Little memory, no file and no process of its own, where the system can see to that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for who asks
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with suppress(ImportError):
         import resource
 
@@ -106,12 +108,20 @@ def confine() -> None:
                 resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
+def end_after(seconds: float) -> None:
+    """By itself, where whoever asked is there no more to do it; 0: not at all."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def main() -> None:
     confine()
     for line in sys.stdin.buffer:
         asked = json.loads(line)
+        end_after(asked["seconds"])
         sys.stdout.buffer.write(json.dumps(rendered(asked["template"], asked["values"])).encode() + b"\n")
         sys.stdout.buffer.flush()
+        end_after(0)
 
 
 if __name__ == "__main__":

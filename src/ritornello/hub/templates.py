@@ -64,8 +64,9 @@ class Renderer:
         """
         told = {**self._values, "messages": [dict(message) for message in messages], "add_generation_prompt": opens}
         told |= {"tools": None, "documents": None}
+        asked = {"template": self._template, "values": told, "seconds": self._seconds + 1}
         with self._lock:
-            answer = self._answer(json.dumps({"template": self._template, "values": told}).encode())
+            answer = self._answer(json.dumps(asked).encode())
         if "refused" in answer:
             said = "messages: must be a conversation as the model's template takes it"
             raise RefusedError(f"{said}; {answer['refused']}")
@@ -84,6 +85,9 @@ class Renderer:
             found = process.stdout.readline()
         except BrokenPipeError:
             found = b""
+        except BaseException:  # Ctrl-C: what is still to come would be taken for the next answer
+            self._end()
+            raise
         finally:
             timer.cancel()
         if not found.endswith(b"\n"):

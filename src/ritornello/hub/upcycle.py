@@ -83,6 +83,8 @@ def looped_shape(c: ModelConfig, *, n_prelude: int, n_recurrent: int, n_loops: i
     """Of the model that `upcycle` makes of one of shape `c`, with injection `none`."""
     known = c.is_plain and c.norm == "pre" and c.attention == "gqa" and not c.qk_bias
     require(known, "model", f"{c.attention}, norm {c.norm!r}", "plain, of 'pre' norms, with GQA without biases")
+    require(c.activation == "swiglu", "activation", c.activation, "'swiglu'")
+    require(not c.value_embeddings, "value_embeddings", c.value_embeddings, "(): they are of single layers")
     require_int("n_prelude", n_prelude, 0)
     require_int("n_recurrent", n_recurrent, 1)
     require_int("n_loops", n_loops, 1)

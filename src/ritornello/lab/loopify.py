@@ -91,7 +91,12 @@ def identity(model: RecurrentDepthTransformer, items: Sequence[Item]) -> dict[st
 
 
 def exams(model: RecurrentDepthTransformer, tokenizer: Any, *halves: Sequence[Item]) -> tuple[Exam, ...]:
-    """Items as this model reads them. tokenizer: of transformers."""
+    """Items as this model reads them. tokenizer: of transformers.
+
+    Raises:
+        ValueError: layers read tokens too, whose states a search keeps alone; or no token begins a text.
+    """
+    require(not model.config.value_embeddings, "value_embeddings", model.config.value_embeddings, "() for a search")
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     require(start is not None, "tokenizer", "no bos_token, no eos_token", "one with a token that begins a text")
 

@@ -263,7 +263,7 @@ class Worker:
                 self._untold.setdefault(texts, []).append((place, event))
                 if event.reason:
                     del self._places[event.number]
-        if self._alive_at - self._told_at > TELL_SECONDS:
+        if time.monotonic() - self._told_at > TELL_SECONDS:
             self._hand_over()
 
     def _hand_over(self) -> None:
@@ -278,6 +278,7 @@ class Worker:
         log.error("%d texts are given up", len(self._places))
         self._cancel([*self._places])
         self._failed_at.clear()
+        self._hand_over()
         self._on_loop(
             lambda: [texts.fail(GivenUpError(500, "the engine failed; its log has more")) for texts in everyone]
         )
