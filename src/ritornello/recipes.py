@@ -55,9 +55,11 @@ def find_model(name_or_path: str | Path) -> Path:
 
 
 def model_type(path: Path) -> str | None:
-    """What transformers calls the folder's model; None: its config.json is not one of transformers, or damaged."""
+    """What transformers, or its own code, calls the folder's model; None: its config.json says nothing of it, or is
+    damaged."""
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        body = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = body.get("model_type", body.get("_class_name"))
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, str) else None

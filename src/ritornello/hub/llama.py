@@ -26,6 +26,10 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
         ValueError: something is missing, or of a kind that is not converted: biases, windows, scaled rope.
     """
     expect(theirs, hidden_act="silu", attention_bias=False, mlp_bias=False, sliding_window=None, attention_dropout=0.0)
+    expect(
+        theirs, embedding_multiplier=1, residual_multiplier=1, logits_scaling=1, attention_multiplier=None
+    )  # Granite
+    expect(theirs, no_rope_layers=None, use_qk_norm=None)  # Granite, SmolLM3: other models, tensors of the same names
     dim, n_heads = count(theirs, "hidden_size"), count(theirs, "num_attention_heads")
     return ModelConfig(
         vocab_size=given(theirs, "vocab_size"),

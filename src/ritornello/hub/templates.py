@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -100,10 +101,17 @@ class Renderer:
             return self._process
         self._end()
         env = {name: os.environ[name] for name in ("SYSTEMROOT", "TZ") if name in os.environ}  # and nobody's secrets
-        pipe, command = subprocess.PIPE, [sys.executable, "-I", str(PROGRAM)]
+        run = f"import runpy, sys; sys.path += {_libraries()}; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+        pipe, command = subprocess.PIPE, [sys.executable, "-I", "-c", run]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env)
         self._end = weakref.finalize(self, _end, self._process)
         return self._process
+
+
+def _libraries() -> list[str]:
+    """Where what the process imports lies: by itself it looks in the folders of its installation alone."""
+    found = [find_spec(name) for name in ("jinja2", "markupsafe")]
+    return sorted({str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin})
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
