@@ -19,7 +19,7 @@ KIND = "What to read it as: llama, mistral, huginn_raven, ouro, ParcaeConfig. De
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Command):
-    """Write a published model (Huginn, Ouro, Parcae, Llama and its like) as a folder that transformers reads as ours."""
+    """Write a published model (Huginn, Ouro, Parcae, Llama and its like) as a folder that transformers reads."""
 
     source: Annotated[Positional[Path], arg(metavar="PUBLISHED", help="Its folder, or a .gguf file.")]
     target: Annotated[Positional[Path], arg(metavar="FOLDER", help="Where to; it must not exist yet.")]
