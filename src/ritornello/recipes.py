@@ -26,6 +26,7 @@ from ritornello.config import (
 Kind = TypeVar("Kind")
 MAX_BYTES = 10_000_000
 MAX_NESTING = 16
+TO_FOLDER = "ritornello convert makes one of it"
 _FIELDS = {
     "": ["name", "model", "data", "train", "parallel"],
     "model": ["preset", *(field.name for field in fields(ModelConfig))],
@@ -49,13 +50,14 @@ def find(name_or_path: str) -> Path:
 def find_model(name_or_path: str | Path) -> Path:
     """The directory of a shipped model's name, or of a path; one that exists comes first."""
     path = Path(name_or_path)
+    require(path.suffix != ".gguf", "model", str(path), "a folder", TO_FOLDER)
     folder = Path(str(resources.files("ritornello") / "shipped" / "models"))
     shipped = {found.name: found for found in sorted(folder.iterdir()) if found.is_dir()}
     return path if path.exists() or path.name != str(name_or_path) else shipped.get(path.name, path)
 
 
 def model_type(path: Path) -> str | None:
-    """What transformers, or its own code, calls the folder's model; None: its config.json says nothing of it, or is
+    """What the folder's config.json calls its model, as transformers or as Parcae names it; None: it does not, or is
     damaged."""
     try:
         body = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -66,8 +68,14 @@ def model_type(path: Path) -> str | None:
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder's model is one of this package, in transformers' form."""
-    return model_type(path) == "ritornello"
+    """Whether a folder's model is one of this package, in transformers' form; else it is a run's or a checkpoint's.
+
+    Raises:
+        ValueError: somebody else's model, as it was published.
+    """
+    kind = model_type(path)
+    require(kind in (None, "ritornello"), f"{path}: model_type", kind, "'ritornello'", TO_FOLDER)
+    return kind is not None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,14 @@ print(json.dumps([type(model).__module__, tokenizer.batch_decode(written, skip_s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return export(find_model("python"), tmp_path_factory.mktemp("exported") / "python")
+
+
+def test_what_is_not_converted_yet_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model_type = 'llama': must be 'ritornello'; ritornello convert"):
+        is_exported(tmp_path)
+    with pytest.raises(ValueError, match=r"must be a folder; ritornello convert"):
+        find_model(tmp_path / "model.gguf")
 
 
 def test_with_this_package_it_is_the_run(folder):

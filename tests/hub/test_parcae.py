@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.originals import SETTINGS, ours, tokens
 from ritornello.accounting import count_parameters
+from ritornello.commands.loading import open_model
 from ritornello.config import ExitRule
 from ritornello.engine.engine import Engine
 from ritornello.engine.generate import decode
@@ -64,6 +65,12 @@ def test_a_table_without_a_gate_is_read_by_no_layer_of_theirs() -> None:
         state[name] += 1
         assert torch.equal(code.logits(tokens(), 3), before) == (name not in taken)
         state[name].copy_(kept)
+
+
+def test_a_published_folder_is_known_by_its_class(tmp_path: Path) -> None:
+    """Its config.json names no model_type; `generate`, `chat` and `serve` open it all the same."""
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):  # read as far as that
+        open_model(written(tmp_path, "parcae"), device="cpu")
 
 
 def test_what_no_layer_reads_is_left_out_of_a_file(tmp_path: Path) -> None:

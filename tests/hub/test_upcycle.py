@@ -263,6 +263,12 @@ def test_splits_that_do_not_come_out_even(given: dict[str, int]) -> None:
         split(30, 2, **given)
 
 
+@pytest.mark.parametrize("n_loops", [0, -1])
+def test_no_split_without_loops(n_loops: int) -> None:
+    with pytest.raises(ValueError, match=f"n_loops = {n_loops}: must be an integer >= 1"):
+        split(30, n_loops)
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"layers": (1, 1, 1)}, {}, "must be plain"),
     ({"attention": "mla", "lora_targets": ()}, {}, "must be plain, of 'pre' norms, with GQA"),
@@ -302,7 +308,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "layers" not in capsys.readouterr().err
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert (small(ids).logits - whole).abs().max() > 0.1
-    assert cli.main([*convert, str(tmp_path / "none"), "--prelude", "1"]) == 2
-    assert "given with --loops" in capsys.readouterr().err
+    for alone in (["--prelude", "1"], ["--rank", "0"], ["--init", "first"], ["--injection", "none"]):
+        assert cli.main([*convert, str(tmp_path / "none"), *alone]) == 2
+        assert f"{alone[0]} = " in (said := capsys.readouterr().err) and "given with --loops" in said
     assert cli.main([*convert, str(tmp_path / "none"), "--loops", "4"]) == 2
     assert "multiple of n_loops (4)" in capsys.readouterr().err and not (tmp_path / "none").exists()

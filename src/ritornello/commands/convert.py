@@ -12,12 +12,14 @@ from ritornello.commands import INTEGER, TEXT, Command, option
 if TYPE_CHECKING:
     from ritornello.model.rdt import RecurrentDepthTransformer
 
+Init = Literal["mean", "first", "last"]
+Comeback = Literal["none", "lti"]
 KIND = "What to read it as: llama, mistral, huginn_raven, ouro, ParcaeConfig. Default: what it names."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Command):
-    """Write a published model (Huginn, Ouro, Parcae, Llama and its like) as a folder of transformers', of our kind."""
+    """Write a published model (Huginn, Ouro, Parcae, Llama and its like) as a folder that transformers reads."""
 
     source: Annotated[Positional[Path], arg(metavar="PUBLISHED", help="Its folder, or a .gguf file.")]
     target: Annotated[Positional[Path], arg(metavar="FOLDER", help="Where to; it must not exist yet.")]
@@ -25,16 +27,16 @@ class Convert(Command):
     loops: Annotated[int | None, INTEGER, option("Make loops of a plain model: so many layers become one.")] = None
     prelude: Annotated[int | None, INTEGER, option("Layers before the loop. Default: an eighth.")] = None
     coda: Annotated[int | None, INTEGER, option("Layers after it. Default: an eighth, or what comes out even.")] = None
-    rank: Annotated[int, INTEGER, option("Of what each loop has of its own; 0: nothing.")] = 64
-    init: Annotated[Literal["mean", "first", "last"], option("What stands for the layers of one.")] = "mean"
-    injection: Annotated[Literal["none", "lti"], option("How the input may come back in each loop.")] = "none"
+    rank: Annotated[int | None, INTEGER, option("Of what each loop has of its own; 0: nothing. Default: 64.")] = None
+    init: Annotated[Init | None, option("What stands for the layers of one. Default: mean.")] = None
+    injection: Annotated[Comeback | None, option("How the input may come back in each loop. Default: none.")] = None
     max_shard: Annotated[str, option("The largest file of weights.", metavar="SIZE")] = "5GB"
 
     def run(self) -> None:
         from ritornello.config import require
         from ritornello.hub.converters import convert
 
-        for name in ("prelude", "coda"):
+        for name in ("prelude", "coda", "rank", "init", "injection"):
             value = getattr(self, name)
             require(value is None or self.loops is not None, f"--{name}", value, "given with --loops")
         change = None if self.loops is None else self.looped
@@ -45,19 +47,20 @@ class Convert(Command):
         from ritornello.hub.upcycle import share_kept, split, upcycle
 
         assert self.loops is not None
+        rank = 64 if self.rank is None else self.rank
         n_prelude, n_recurrent = split(model.config.n_layers, self.loops, n_prelude=self.prelude, n_coda=self.coda)
         made = upcycle(
             model,
             n_prelude=n_prelude,
             n_recurrent=n_recurrent,
             n_loops=self.loops,
-            rank=self.rank,
-            init=self.init,
-            injection=self.injection,
+            rank=rank,
+            init=self.init or "mean",
+            injection=self.injection or "none",
         )
         before, after = (sum(p.numel() for p in m.parameters()) for m in (model, made))
         layers = f"{n_prelude} + {n_recurrent} x {self.loops} + {made.config.n_coda_layers}"
         if not self.common.quiet:
             kept = f"{share_kept(model, made):.1%} of the tied weights' squared size kept"
-            print(f"{layers} layers, rank {self.rank}: {before:,} parameters -> {after:,}, {kept}", file=sys.stderr)
+            print(f"{layers} layers, rank {rank}: {before:,} parameters -> {after:,}, {kept}", file=sys.stderr)
         return made

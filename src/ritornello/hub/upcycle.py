@@ -111,6 +111,7 @@ def looped_shape(c: ModelConfig, *, n_prelude: int, n_recurrent: int, n_loops: i
 def split(n_layers: int, n_loops: int, *, n_prelude: int | None = None, n_coda: int | None = None) -> tuple[int, int]:
     """n_prelude and n_recurrent for a model of `n_layers`. What is not said: an eighth before, and as many layers or a
     few more after, so that what is left is a multiple of `n_loops`."""
+    require_int("n_loops", n_loops, 1)
     before = round(n_layers / 8) if n_prelude is None else n_prelude
     least = round(n_layers / 8) if n_coda is None else n_coda
     after = least if n_coda is not None else least + (n_layers - before - least) % n_loops
