@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ritornello.accounting import count_parameters
 from ritornello.config import TrainConfig
 from ritornello.hub.converters import read_published
-from ritornello.hub.moments import Moments, second_moments
-from ritornello.hub.upcycle import share_kept, upcycle
+from ritornello.hub.moments import READ_BY, Moments, second_moments
+from ritornello.hub.upcycle import folded, looped_shape, low_rank, share_kept, upcycle
 from ritornello.model.rdt import RecurrentDepthTransformer
 from ritornello.ops.loss import linear_cross_entropy
 from ritornello.train.optim import build_optimizers, set_learning_rate
@@ -69,6 +71,8 @@ def cells(tokens: int) -> Iterator[Cell]:
             yield Cell(*grouping, rank=rank, informed=True)
     yield Cell(4, 11, 2, rank=64, init="first")
     yield Cell(4, 11, 2, init="first", run_loops=1)
+    for rank in (0, 64, 256):
+        yield Cell(4, 11, 2, rank=rank, init="unshared", informed=True)
     for rank in (64, 0, 256):
         yield Cell(4, 11, 2, rank=rank, informed=True, tokens=tokens)
     yield Cell(4, 11, 2, rank=64, informed=True, tokens=tokens, seed=1)
@@ -106,6 +110,8 @@ class Bench:
 
     def made(self, cell: Cell) -> RecurrentDepthTransformer:
         """Cut from that of full rank, whose deltas begin with those of every smaller one."""
+        if cell.init == "unshared":
+            return unshared(self.plain, cell, self.moments)
         like = replace(cell, rank=self.plain.config.dim, run_loops=0, tokens=0, loss="kl", seed=0)
         if self._full is None or self._full[0] != like:
             shape = {"n_prelude": cell.n_prelude, "n_recurrent": cell.n_recurrent, "n_loops": cell.n_loops}
@@ -169,10 +175,9 @@ class Bench:
     def measure(self, cell: Cell, lr: float) -> dict[str, Any]:
         began = time.perf_counter()
         model = self.made(cell) if cell.n_loops else self.plain
-        row: dict[str, Any] = asdict(cell) | {"parameters": sum(p.numel() for p in model.parameters())}
-        if cell.run_loops:  # loops that do not run: of their deltas nothing is left
-            assert not cell.rank
-        row["kept"] = share_kept(self.plain, model) if cell.n_loops else 1.0
+        looped = cell.n_loops > 0 and cell.init != "unshared"
+        row: dict[str, Any] = asdict(cell) | {"parameters": self.count(cell)}
+        row["kept"] = share_kept(self.plain, model) if looped else None
         if cell.tokens:
             row["before"] = self.bits(model, None)
             healing = time.process_time()
@@ -182,6 +187,12 @@ class Bench:
             row["apart"] = self.apart()
         return row | {"bits": self.bits(model, cell.run_loops or None), "seconds": time.perf_counter() - began}
 
+    def count(self, cell: Cell) -> int:
+        """Parameters, from the shape; "unshared" has as many as what it is the control of."""
+        c, names = self.plain.config, ("n_prelude", "n_recurrent", "n_loops", "rank")
+        shape = looped_shape(c, **{name: getattr(cell, name) for name in names}) if cell.n_loops else c
+        return count_parameters(shape)["total"]
+
     @torch.no_grad()
     def apart(self) -> float:
         """The largest difference of a logit from transformers' on real text, float32."""
@@ -190,6 +201,21 @@ class Bench:
         )
         rows = [windows[:1] for windows in self.test.values()]
         return max(float((theirs(row).logits - self.plain(row).logits).abs().max()) for row in rows)
+
+
+@torch.no_grad()
+def unshared(plain: RecurrentDepthTransformer, cell: Cell, moments: list[Moments]) -> RecurrentDepthTransformer:
+    """The control without loops: each layer's matrices alone, of as low a rank as takes the same parameters."""
+    model = deepcopy(plain)
+    for i in range(cell.n_prelude, cell.n_prelude + cell.n_recurrent * cell.n_loops):
+        layer: Any = model.prelude_layers[i]
+        for name, x in folded(dict(layer.state_dict())).items():
+            share = x.numel() // (cell.n_loops * sum(x.shape))  # of the matrix that would stand for several
+            down, up = low_rank(x, cell.rank + share, moments[i][name])
+            layer.get_submodule(name).weight.copy_(up @ down)
+        for name in READ_BY:
+            layer.get_submodule(name).weight.fill_(1)
+    return model
 
 
 def cut(model: RecurrentDepthTransformer, rank: int) -> RecurrentDepthTransformer:
@@ -232,13 +258,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         if cell.run_loops == 1:
             layers = f"{N_LAYERS - cell.n_recurrent * (cell.n_loops - 1)}, the others dropped"
         layers = layers if cell.n_loops else f"{N_LAYERS}, as it is"
-        how = f"{cell.init}{', moments' if cell.informed else ''}"
+        how = "" if not cell.n_loops else f"{cell.init}{', moments' if cell.informed else ''}"
+        layers = f"{N_LAYERS}, matrices of low rank" if cell.init == "unshared" else layers
+        kept = "" if row["kept"] is None or not cell.n_loops else f"{row['kept']:.2f}"
         healed = f"{cell.tokens:,} tokens, {cell.loss}, seed {cell.seed}" if cell.tokens else ""
         bits = " | ".join(
             f"{row['bits'][kind]:.3f} (+{row['bits'][kind] - base['bits'][kind]:.3f})" for kind in base["bits"]
         )
         share = row["parameters"] / base["parameters"]
-        lines.append(f"| {layers} | {cell.rank} | {how} | {healed} | {share:.2f} | {row['kept']:.3f} | {bits} |")
+        lines.append(f"| {layers} | {cell.rank} | {how} | {healed} | {share:.2f} | {kept} | {bits} |")
     return "\n".join(lines)
 
 
