@@ -97,6 +97,9 @@ class Worker:
         self._idle, self._closing = True, False
         self._untold: dict[Texts, list[tuple[int, Event]]] = {}  # what was written since; the thread's alone
         self._told_at = 0.0
+        self._coming: list[Callable[[], object]] = []  # texts that wait for the others' next token; the thread's alone
+        self._waited = 0  # ticks that they did
+        self._in_step = False  # the last tick ended a token
         self._failed_at: list[float] = []  # ticks, lately
         self._published, self._measured = 0.0, (time.monotonic(), engine.n_token_loops)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
@@ -119,8 +122,8 @@ class Worker:
             return 0.0
         return time.monotonic() - (max(self._alive_at, self._asked_at) if self._idle else self._alive_at)
 
-    async def call(self, do: Callable[[], Found]) -> Found:
-        """What `do` returns, run between two ticks."""
+    async def call(self, do: Callable[[], Found], *, with_others: bool = False) -> Found:
+        """What `do` returns, run between two ticks; with_others: when the texts under way begin a token, see `_enter`."""
         assert self._loop is not None
         loop, future = self._loop, self._loop.create_future()
 
@@ -135,7 +138,7 @@ class Worker:
                 found = ("set_exception", error)
             loop.call_soon_threadsafe(settle, *found)
 
-        self._put(run)
+        self._put(partial(self._coming.append, run) if with_others else run)
         return await future
 
     async def open(self, requests: Sequence[Request], *, cost: int) -> Texts:
@@ -147,7 +150,7 @@ class Worker:
         """
         texts = self._admit(len(requests), cost)
         try:
-            await self.call(partial(self._submit, texts, requests))
+            await self.call(partial(self._submit, texts, requests), with_others=True)
         except BaseException:
             self.drop(texts)
             raise
@@ -229,6 +232,7 @@ class Worker:
     def _run(self) -> None:
         while not self._closing:
             self._answer()
+            self._enter()
             if self.engine.busy and not self._closing:
                 self._tick()
             self._publish()
@@ -246,8 +250,18 @@ class Worker:
         for _ in range(self._inbox.qsize()):  # not what comes meanwhile: texts have their turn
             self._inbox.get_nowait()()
 
+    def _enter(self) -> None:
+        """Those who come begin when others do, after at most as many ticks as a token has loops: texts in step need one
+        coda and one prelude for all, and their loops are one."""
+        n_loops = self.engine.model.config.n_loops
+        if self._coming and (self._in_step or not self.engine.busy or self._waited >= n_loops):
+            coming, self._coming[:], self._waited = [*self._coming], [], 0
+            for enter in coming:
+                enter()
+
     def _tick(self) -> None:
         self._alive_at = time.monotonic()
+        self._waited += bool(self._coming)
         try:
             events = self.engine.step()
         except BaseException as error:
@@ -257,6 +271,7 @@ class Worker:
             if len(self._failed_at) == PATIENCE:
                 self._give_up()
             return
+        self._in_step = bool(events)
         for event in events:
             if event.number in self._places:
                 texts, place = self._places[event.number]
