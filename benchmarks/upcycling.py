@@ -259,7 +259,7 @@ def distance(hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    base = rows[0]
+    base, rows = rows[0], sorted(rows, key=lambda row: (row["tokens"] > 0, row["init"] == "unshared"))
     lines = [
         "| layers | rank | made by | healed | parameters | weights kept | English | Python |",
         "|---|" + "---|" * 7,
