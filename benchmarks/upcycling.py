@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ritornello.accounting import count_parameters
@@ -79,6 +79,7 @@ def cells(tokens: int) -> Iterator[Cell]:
     yield Cell(4, 11, 2, rank=64, tokens=tokens)
     yield Cell(4, 11, 2, rank=64, informed=True, tokens=tokens, loss="ce")
     yield Cell(4, 7, 3, rank=64, informed=True, tokens=tokens)
+    yield Cell(4, 11, 2, rank=64, init="unshared", informed=True, tokens=tokens)
 
 
 class Bench:
@@ -146,7 +147,8 @@ class Bench:
 
     def heal(self, model: RecurrentDepthTransformer, cell: Cell, lr: float) -> list[float]:
         """Train all but embeddings, head and prelude; the losses in nats per token, step by step."""
-        for part in (model.embed_tokens, model.prelude_layers, *([] if model.head is None else [model.head])):
+        before = model.prelude_layers[: cell.n_prelude]
+        for part in (model.embed_tokens, before, *([] if model.head is None else [model.head])):
             part.requires_grad_(False)
         n_steps = len(self.train) // ROWS
         train = TrainConfig(steps=n_steps, warmup_steps=n_steps // 8, lr=lr, optimizer="adamw", schedule="cosine")
@@ -203,6 +205,17 @@ class Bench:
         return max(float((theirs(row).logits - self.plain(row).logits).abs().max()) for row in rows)
 
 
+class Factors(nn.Module):
+    """y = B·A·x, in every loop."""
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(down.contiguous()), nn.Parameter(up.contiguous())
+
+    def forward(self, x: Tensor, loop: int = 0) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up)
+
+
 @torch.no_grad()
 def unshared(plain: RecurrentDepthTransformer, cell: Cell, moments: list[Moments]) -> RecurrentDepthTransformer:
     """The control without loops: each layer's matrices alone, of as low a rank as takes the same parameters."""
@@ -211,8 +224,8 @@ def unshared(plain: RecurrentDepthTransformer, cell: Cell, moments: list[Moments
         layer: Any = model.prelude_layers[i]
         for name, x in folded(dict(layer.state_dict())).items():
             share = x.numel() // (cell.n_loops * sum(x.shape))  # of the matrix that would stand for several
-            down, up = low_rank(x, cell.rank + share, moments[i][name])
-            layer.get_submodule(name).weight.copy_(up @ down)
+            owner, _, own = name.rpartition(".")
+            setattr(layer.get_submodule(owner), own, Factors(*low_rank(x, cell.rank + share, moments[i][name])))
         for name in READ_BY:
             layer.get_submodule(name).weight.fill_(1)
     return model
@@ -246,7 +259,7 @@ def distance(hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    base = rows[0]
+    base, rows = rows[0], sorted(rows, key=lambda row: (row["tokens"] > 0, row["init"] == "unshared"))
     lines = [
         "| layers | rank | made by | healed | parameters | weights kept | English | Python |",
         "|---|" + "---|" * 7,

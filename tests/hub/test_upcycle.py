@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from ritornello import cli
 from ritornello.config import ExitRule
+from ritornello.hub.converters import encoded, read_published
 from ritornello.hub.moments import DAMPING, READ_BY, Moments, fit, roots, second_moments
 from ritornello.hub.upcycle import MATRICES, folded, low_rank, matrix, share_kept, split, upcycle
 from ritornello.model.cache import Cache
 from ritornello.model.rdt import RecurrentDepthTransformer
-from tests.hub.test_llama import theirs
+from tests.hub.test_llama import gguf_file, theirs
 from tests.model.builders import build, close, differ, tiny, tokens_for
 
 F64 = torch.float64
@@ -308,8 +309,34 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "layers" not in capsys.readouterr().err
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert (small(ids).logits - whole).abs().max() > 0.1
+    (tmp_path / "text").write_text("abc def", encoding="utf-8")
+    assert cli.main([*convert, str(tmp_path / "none"), *loops, "--rank", "0", "--text", str(tmp_path / "text")]) == 2
+    assert "no tokenizer that transformers reads" in capsys.readouterr().err
     for alone in (["--prelude", "1"], ["--rank", "0"], ["--init", "first"], ["--injection", "none"]):
         assert cli.main([*convert, str(tmp_path / "none"), *alone]) == 2
         assert f"{alone[0]} = " in (said := capsys.readouterr().err) and "given with --loops" in said
     assert cli.main([*convert, str(tmp_path / "none"), "--loops", "4"]) == 2
     assert "multiple of n_loops (4)" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_command_line_fits_deltas_to_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, text = tmp_path / "model.gguf", tmp_path / "text"
+    gguf_file(path)
+    text.write_text("to and fro " * 60, encoding="utf-8")
+    loops = ["--loops", "2", "--prelude", "1", "--coda", "0", "--rank", "2"]
+    assert cli.main(["convert", str(path), str(tmp_path / "fitted"), *loops, "--text", str(text)]) == 0
+    assert f"fitted to {text}" in capsys.readouterr().err
+    ids = encoded(path, text.read_text(encoding="utf-8"))
+    assert 600 < len(ids) < 700
+    plain, found = read_published(path), AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    rows = [row[None] for row in torch.tensor(ids).split(64)]
+    expected = upcycle(plain, n_prelude=1, n_recurrent=1, n_loops=2, rank=2, moments=second_moments(plain, rows))
+    unfitted = upcycle(plain, n_prelude=1, n_recurrent=1, n_loops=2, rank=2)
+    tokens = torch.tensor(ids[:48])[None]
+    with torch.no_grad():
+        assert torch.equal(found(tokens).logits, expected(tokens).logits)
+        near, far = ((m(tokens).logits - plain(tokens).logits).square().mean() for m in (expected, unfitted))
+    assert near < 0.5 * far
+    text.write_text("", encoding="utf-8")
+    assert cli.main(["convert", str(path), str(tmp_path / "none"), *loops, "--text", str(text)]) == 2
+    assert "0 tokens" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from ritornello import recipes
 from ritornello.config import MAX_SIZE, ModelConfig, pick, require
@@ -64,6 +65,9 @@ class Folder:
     def stored(self) -> Stored:
         return Stored(weight_files(self.path))
 
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(str(self.path.absolute()))
+
     def save_tokenizer(self, folder: Path) -> None:
         """As it is."""
         for name in TOKENIZER:
@@ -82,6 +86,20 @@ def read_published(path: str | Path, *, kind: str | None = None) -> RecurrentDep
         ValueError: another kind of model, or what is damaged, missing or not of this model, named.
     """
     return _read(_opened(path), kind)
+
+
+def encoded(path: str | Path, text: str) -> list[int]:
+    """The ids of a text by a published model's own tokenizer, as transformers reads it.
+
+    Raises:
+        ValueError: there is none that it reads.
+    """
+    published = _opened(path)
+    try:
+        return published.tokenizer()(text, add_special_tokens=False).input_ids
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{published.source}: no tokenizer that transformers reads: {said[:300]}") from None
 
 
 def convert(

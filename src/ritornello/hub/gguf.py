@@ -57,8 +57,11 @@ class Gguf:
         model = self._by(AutoModelForCausalLM, dtype=torch.float32)
         return Dequantized(dict(model.state_dict()), self.source)
 
+    def tokenizer(self) -> Any:
+        return self._by(AutoTokenizer)
+
     def save_tokenizer(self, folder: Path) -> None:
-        self._by(AutoTokenizer).save_pretrained(folder)
+        self.tokenizer().save_pretrained(folder)
 
     def _by(self, auto: Any, **options: Any) -> Any:
         try:

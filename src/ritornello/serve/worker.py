@@ -123,7 +123,7 @@ class Worker:
         return time.monotonic() - (max(self._alive_at, self._asked_at) if self._idle else self._alive_at)
 
     async def call(self, do: Callable[[], Found], *, with_others: bool = False) -> Found:
-        """What `do` returns, run between two ticks; with_others: when the texts under way begin a token, see `_enter`."""
+        """What `do` returns, run between two ticks; with_others: when texts under way begin a token, see `_enter`."""
         assert self._loop is not None
         loop, future = self._loop, self._loop.create_future()
 
