@@ -71,6 +71,30 @@ def test_too_many_are_told_when_to_come_back(server: Running) -> None:
     assert server.post("completions", prompt="abc", n=2, max_tokens=1).status_code == 200
 
 
+def test_who_comes_begins_when_others_begin_a_token(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, submit, ended, entered = Engine.step, Engine.submit, [False], []
+
+    def stepped(self: Engine) -> Any:
+        events = step(self)
+        ended[0] = any(event.token is not None for event in events)
+        return events
+
+    def submitted(self: Engine, request: Any) -> int:
+        entered.append((self.busy, ended[0]))
+        return submit(self, request)
+
+    monkeypatch.setattr(Engine, "step", stepped)
+    monkeypatch.setattr(Engine, "submit", submitted)
+    body = {"model": "small", "prompt": "abc", "stream": True, **FOREVER, "loops": 3}
+    with server.client.stream("POST", f"{server.url}/v1/completions", json=body):
+        begun(server)
+        for _ in range(12):
+            server.completed(max_tokens=1)
+    assert len(entered) == 13 and all(in_step for busy, in_step in entered[1:] if busy)
+    assert sum(busy for busy, _ in entered) == 12
+    server.settle()
+
+
 def test_what_was_not_told_yet_is_told_when_the_engine_comes_to_rest(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

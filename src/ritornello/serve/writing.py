@@ -16,7 +16,7 @@ from ritornello.serve.errors import Refused
 from ritornello.serve.worker import Texts, Worker
 from ritornello.train.tokenizer import Tokenizer
 
-CHUNK = 0.003  # seconds between two chunks of a stream, for each text there is: so many fit beside the engine
+CHUNK = 0.006  # seconds between two chunks of a stream, for each text there is: so many fit beside the engine
 
 
 class Choice:
