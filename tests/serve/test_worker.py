@@ -1,5 +1,6 @@
 """Clients that leave, too many of them, an engine that fails, a server that ends: nobody hangs, nothing is left."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -14,6 +15,7 @@ import torch
 
 from ritornello.engine import trace
 from ritornello.engine.engine import Engine
+from ritornello.engine.request import Request
 from ritornello.serve import worker
 from tests.serve.running import Running, running, small, wait_until
 
@@ -93,6 +95,26 @@ def test_who_comes_begins_when_others_begin_a_token(server: Running, monkeypatch
     assert len(entered) == 13 and all(in_step for busy, in_step in entered[1:] if busy)
     assert sum(busy for busy, _ in entered) == 12
     server.settle()
+
+
+def test_who_is_dropped_before_they_begin_does_not_begin(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who come wait for a token's end; what is cancelled by then would otherwise be written for nobody."""
+    submit, submitted, serving = Engine.submit, [], server.service.worker
+    assert serving._loop is not None
+    stream = {"model": "small", "prompt": "abc", "stream": True, **FOREVER}
+    with server.client.stream("POST", f"{server.url}/v1/completions", json=stream):
+        begun(server)
+        monkeypatch.setattr(Engine, "submit", lambda self, request: submitted.append(request) or submit(self, request))
+        with monkeypatch.context() as held:
+            held.setattr(worker.Worker, "_enter", lambda self: None)
+            request = Request(prompt=[1, 2], max_tokens=4000)
+            opening = asyncio.run_coroutine_threadsafe(serving.open([request], cost=1), serving._loop)
+            wait_until(lambda: len(serving._coming) == 1)
+            opening.cancel()
+            wait_until(lambda: serving.n_texts == 1)
+        wait_until(lambda: not serving._coming)
+    server.settle()
+    assert not submitted
 
 
 def test_what_was_not_told_yet_is_told_when_the_engine_comes_to_rest(

@@ -70,8 +70,8 @@ class Convert(Command):
         before, after = (sum(p.numel() for p in m.parameters()) for m in (model, made))
         layers = f"{n_prelude} + {n_recurrent} x {self.loops} + {made.config.n_coda_layers}"
         if not self.common.quiet:
-            kept = f"{share_kept(model, made):.1%} of the tied weights' squared size kept"
-            kept = kept if self.text is None else f"fitted to {self.text}"
+            share = None if self.text else share_kept(model, made)  # says little of what is fitted to a text
+            kept = f"fitted to {self.text}" if share is None else f"{share:.1%} of the tied weights' squared size kept"
             print(f"{layers} layers, rank {rank}: {before:,} parameters -> {after:,}, {kept}", file=sys.stderr)
         return made
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ritornello.config import ModelConfig
-from ritornello.hub.published import LOOPED_ALIKE, count, expect, given, rope_theta
+from ritornello.hub.published import LOOPED_ALIKE, count, expect, given, llama_shape, rope_theta
 
 PARTS = (  # of a layer
     "input_layernorm",
@@ -26,26 +26,17 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
         ValueError: something is missing, or of a kind that is not converted: biases, windows, scaled rope.
     """
     expect(theirs, hidden_act="silu", attention_bias=False, mlp_bias=False, sliding_window=None, attention_dropout=0.0)
-    expect(
-        theirs, embedding_multiplier=1, residual_multiplier=1, logits_scaling=1, attention_multiplier=None
-    )  # Granite
-    expect(theirs, no_rope_layers=None, use_qk_norm=None)  # Granite, SmolLM3: other models, tensors of the same names
-    dim, n_heads = count(theirs, "hidden_size"), count(theirs, "num_attention_heads")
+    # Granite, SmolLM3: other models, with tensors of the same names
+    expect(theirs, embedding_multiplier=1, residual_multiplier=1, logits_scaling=1, attention_multiplier=None)
+    expect(theirs, no_rope_layers=None, use_qk_norm=None)
     return ModelConfig(
-        vocab_size=given(theirs, "vocab_size"),
-        dim=dim,
         n_prelude_layers=count(theirs, "num_hidden_layers"),
         n_recurrent_layers=0,
         n_coda_layers=0,
         n_loops=1,
         max_seq_len=given(theirs, "max_position_embeddings", default=2048),
-        tie_embeddings=given(theirs, "tie_word_embeddings", default=False),
         rope_theta=rope_theta(theirs, default=10_000.0),
-        n_heads=n_heads,
-        n_kv_heads=given(theirs, "num_key_value_heads", default=n_heads),
-        head_dim=given(theirs, "head_dim", default=dim // n_heads),
-        ffn_dim=given(theirs, "intermediate_size"),
-        norm_eps=given(theirs, "rms_norm_eps", default=1e-6),
+        **llama_shape(theirs),
         normalize_input=False,
         injection="none",
         initial_state="e",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ritornello.config import ModelConfig, require
-from ritornello.hub.published import LOOPED_ALIKE, count, expect, given, rope_theta
+from ritornello.hub.published import LOOPED_ALIKE, expect, given, llama_shape, rope_theta
 
 PARTS = {  # of a layer
     "input_layernorm": "input_layernorm",
@@ -33,23 +33,15 @@ def config_from(theirs: Mapping[str, Any]) -> ModelConfig:
     kinds = given(theirs, "layer_types", default=[])
     full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
     require(full, "config.json layer_types", kinds, "'full_attention' throughout")
-    dim, n_heads = count(theirs, "hidden_size"), count(theirs, "num_attention_heads")
     return ModelConfig(
-        vocab_size=given(theirs, "vocab_size"),
-        dim=dim,
         n_prelude_layers=0,
         n_recurrent_layers=given(theirs, "num_hidden_layers"),
         n_coda_layers=0,
         n_loops=given(theirs, "total_ut_steps", default=4),
         max_seq_len=given(theirs, "max_position_embeddings"),
-        tie_embeddings=given(theirs, "tie_word_embeddings", default=False),
         rope_theta=rope_theta(theirs),
-        n_heads=n_heads,
-        n_kv_heads=given(theirs, "num_key_value_heads", default=n_heads),
-        head_dim=given(theirs, "head_dim", default=dim // n_heads),
-        ffn_dim=given(theirs, "intermediate_size"),
         norm="pre_post",
-        norm_eps=given(theirs, "rms_norm_eps", default=1e-6),
+        **llama_shape(theirs),
         normalize_input=False,
         state_norm="loop",
         injection="none",

@@ -30,6 +30,21 @@ def count(theirs: Mapping[str, Any], *names: str) -> int:
     return found
 
 
+def llama_shape(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `ModelConfig`: vocabulary, widths and heads by the names that Llama gave them."""
+    dim, n_heads = count(theirs, "hidden_size"), count(theirs, "num_attention_heads")
+    return {
+        "vocab_size": given(theirs, "vocab_size"),
+        "dim": dim,
+        "tie_embeddings": given(theirs, "tie_word_embeddings", default=False),
+        "n_heads": n_heads,
+        "n_kv_heads": given(theirs, "num_key_value_heads", default=n_heads),
+        "head_dim": given(theirs, "head_dim", default=dim // n_heads),
+        "ffn_dim": given(theirs, "intermediate_size"),
+        "norm_eps": given(theirs, "rms_norm_eps", default=1e-6),
+    }
+
+
 def rope_theta(theirs: Mapping[str, Any], **default: float) -> float:
     """Of plain rope, as transformers 4 or 5 writes it. default: where they name none."""
     rope = given(theirs, "rope_parameters", "rope_scaling", default={})

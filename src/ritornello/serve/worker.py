@@ -299,6 +299,8 @@ class Worker:
         )
 
     def _submit(self, texts: Texts, requests: Sequence[Request]) -> None:
+        if not texts.left:  # dropped while they waited: nothing would cancel them any more
+            return
         for place, request in enumerate(requests):
             number = self.engine.submit(request)
             texts.numbers.append(number)
